@@ -1,0 +1,56 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+NP ?= 2# ranks for `make train`
+ARGS ?=# more arguments for train.py, e.g. ARGS="train.epochs=1"
+uv_version := 0.13.9# pinned, so that two people's locks differ only by what changed upstream
+
+# One lock serves Python 3.9, 3.10 and 3.11. The GPU lock takes its versions from the CPU lock, so that both train with
+# the same code, and leaves out `dev`: a GPU machine (or image) trains; tests, lint and plots run in the CPU one.
+lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
+	--custom-compile-command 'make lock' pyproject.toml
+
+.PHONY: help setup train test test-slow test-faults bench tensorboard lint lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## everything that a fresh machine needs: .venv, Horovod, Fashion-MNIST
+	@launch/setup.sh
+
+# run.dir is fresh each time, so that a second `make train` neither collides with the first nor resumes it.
+train: setup ## set up, then train on this machine (NP=2 ARGS="key=value ...")
+	@launch/local.sh -np $(NP) run.dir=runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+test: setup ## set up, then all tests but the slow ones and those that break ranks and machines (test-faults)
+	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/faults $(ARGS)
+
+test-slow: setup ## set up, then the slow tests
+	@.venv/bin/python -m pytest -m slow $(ARGS)
+
+test-faults: setup ## break everything that can break, and print what held as a table (SLOW=1: and 100 random kills)
+	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
+		tests/parallel/test_resume.py $(ARGS)
+
+bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
+	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
+	@.venv/bin/python -m benchmarks.checkpoint_cost
+
+tensorboard: setup ## show every run under runs/ in a browser
+	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
+
+lint: setup ## ruff and mypy
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+
+lock: ## resolve requirements-*.txt anew from pyproject.toml
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	python3 -m venv "$$tmp" && "$$tmp/bin/python" -m pip install -q uv==$(uv_version) && \
+	"$$tmp/bin/uv" $(lock) --extra cpu --extra build --extra dev -o requirements-cpu.txt && \
+	"$$tmp/bin/uv" $(lock) --extra gpu --extra build --constraint requirements-cpu.txt -o requirements-gpu.txt
+
+clean: ## remove .venv and caches; runs/ and the data stay
+	rm -rf .venv .setup .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

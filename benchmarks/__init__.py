@@ -1,0 +1,1 @@
+"""The commands that every figure of the documentation comes from."""

@@ -1,0 +1,48 @@
+"""Whole training runs for the benchmarks, each in a folder of its own, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its summary and its records, in the order of steps."""
+
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    def series(self, split: str, key: str) -> list[float]:
+        """The values of ``key`` in all records of ``split``."""
+        return [record[key] for record in self.records if record["split"] == split]
+
+
+def run(name: str, ranks: int, overrides: Sequence[str], threads: int | None = None) -> Run:
+    """Train with ``launch/local.sh`` into ``runs/benchmarks/<name>``; a run that is already finished there is read.
+
+    Args:
+        name: the folder, which must differ for every setting.
+        ranks: how many.
+        overrides: of the default configuration.
+        threads: OpenMP threads a rank, to run several runs side by side; by default the rank's share of the cores.
+    """
+    folder = ROOT / "runs" / "benchmarks" / name
+    if not (folder / "summary.json").exists():
+        arguments = [f"run.dir={folder}", "run.overwrite=true", *overrides]
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        command = [str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    print(f"{name}: done", flush=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return Run(json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines])

@@ -1,0 +1,287 @@
+"""Checkpoints on disk: each a folder of arrays, JSON and checksums, that is there whole or not at all.
+
+    checkpoints/step-00000235/arrays.params   named arrays, in MXNet's own format
+                              state.json      everything else
+                              manifest.json   format version, step, score; size and SHA-256 of the two, and its own
+
+A checkpoint is written under another name, brought to the disk, and only then given its name: whatever dies at whatever
+moment leaves the old one or the new one. No pickle is ever written or read, so that a checkpoint from a stranger can
+be wrong, but runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import mxnet as mx
+import numpy as np
+
+from job.errors import CheckpointError
+
+FORMAT = 1
+ARRAYS, STATE, MANIFEST = "arrays.params", "state.json", "manifest.json"
+_PARTIAL = ".partial"  # ends the name of what is being written or removed
+
+# How MXNet stores arrays (src/ndarray/ndarray.cc): NDARRAY_V2_MAGIC, and the numbers of its types.
+_LIST_MAGIC, _ARRAY_MAGIC = 0x112, 0xF993FAC9
+_TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written. The message says how one can tell."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read and found intact."""
+
+    step: int  # that the run had taken
+    arrays: bytes  # for decode_arrays
+    state: bytes  # JSON
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie; made when the first is written.
+        keep: how many of the newest to keep, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def write(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], score: Any = None) -> None:
+        """Write a checkpoint, and then remove those that are neither among the newest nor the best.
+
+        Args:
+            step: that the run has taken; it names the checkpoint.
+            arrays: of at least one axis, by name.
+            state: whatever JSON can hold.
+            score: of the run at this step, the higher the better; None if unknown.
+
+        Raises:
+            OSError: it cannot be written. Those before it stay, and of this one nothing does.
+        """
+        target = self.folder / f"step-{step:08d}"
+        temporary = target.with_name(target.name + _PARTIAL)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            temporary.mkdir()
+            files = {ARRAYS: encode_arrays(arrays), STATE: json.dumps(state).encode()}
+            for name, content in files.items():
+                _write(temporary / name, content)
+            _write(temporary / MANIFEST, _manifest(step, score, files))
+            _sync(temporary)
+            _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
+            os.rename(temporary, target)
+            _sync(self.folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._retain()
+
+    def paths(self) -> list[Path]:
+        """The folders of all checkpoints, the newest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else iter(())
+        return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of, reverse=True)
+
+    def newest(self, warn: Callable[[str], None]) -> Optional[Checkpoint]:
+        """The newest intact checkpoint, None if there is none at all; ``warn`` is told of each damaged one before it.
+
+        Raises:
+            CheckpointError: all are damaged, or the newest is of a format that only a newer program knows.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                return read(path)
+            except Damaged as error:
+                warn(f"{error}; trying the checkpoint before it")
+        if paths:
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(paths)} checkpoints is intact, nothing to go on from"
+            )
+        return None
+
+    def tidy(self, last_step: int) -> None:
+        """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if path.name.endswith(_PARTIAL) or (path in self.paths() and _step_of(path) > last_step):
+                _remove(path)
+
+    def _retain(self) -> None:
+        paths = self.paths()
+        scores = {path: score for path in paths if (score := _score(path)) is not None}
+        best = max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
+        for path in paths[self._keep :]:
+            if path != best:
+                _remove(path)
+
+
+class BackgroundWriter:
+    """Writes checkpoints beside the training, one at a time. A failure is kept until somebody asks for it.
+
+    Not raised where the next one is written: ranks must agree before any of them leaves.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Optional[Future[None]] = None
+        self._failure = ""
+
+    def write(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], score: Any = None) -> None:
+        """Start :meth:`Store.write`, once the one before is done. The arrays must not change meanwhile."""
+        self.wait()
+        if not self._failure:
+            self._writing = self._pool.submit(self._store.write, step, arrays, state, score)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._writing:
+            try:
+                self._writing.result()
+            except OSError as error:
+                folder = self._store.folder
+                self._failure = f"{folder}: cannot write a checkpoint: {error.strerror}; the last good one is kept"
+            self._writing = None
+
+    @property
+    def failure(self) -> str:
+        """What went wrong with a write that is over; empty if nothing did."""
+        if self._writing and self._writing.done():
+            self.wait()
+        return self._failure
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self._pool.shutdown()
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint and check every byte of it.
+
+    Raises:
+        Damaged: it is incomplete, or not what was written.
+        CheckpointError: its format is newer than this program.
+    """
+    manifest = _read_manifest(path)
+    try:
+        if manifest["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path}: is of format {manifest['format']}, this program knows formats up to {FORMAT}; use a newer one"
+            )
+        arrays, state = (_read_verified(path / name, manifest["files"][name]) for name in (ARRAYS, STATE))
+        return Checkpoint(int(manifest["step"]), arrays, state)
+    except (KeyError, TypeError, ValueError):
+        raise Damaged(f"{path / MANIFEST}: damaged: not a manifest") from None
+
+
+def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays in the format of ``mx.nd.save``.
+
+    Not by ``mx.nd.save`` itself: it does not notice that the disk was full when its last buffer went there.
+    """
+    chunks = [struct.pack("<QQQ", _LIST_MAGIC, 0, len(arrays))]
+    for array in arrays.values():
+        chunks.append(struct.pack("<Iii", _ARRAY_MAGIC, 0, array.ndim))
+        chunks.append(struct.pack(f"<{array.ndim}q", *array.shape))
+        chunks.append(struct.pack("<iii", 1, 0, _TYPES[array.dtype.name]))  # of device cpu(0)
+        chunks.append(np.ascontiguousarray(array).tobytes())
+    chunks.append(struct.pack("<Q", len(arrays)))
+    for name in arrays:
+        chunks.append(struct.pack("<Q", len(name.encode())) + name.encode())
+    return b"".join(chunks)
+
+
+def decode_arrays(content: bytes) -> dict[str, np.ndarray]:
+    """What :func:`encode_arrays` or ``mx.nd.save`` made of named arrays."""
+    return {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(content).items()}
+
+
+def _manifest(step: int, score: Any, files: Mapping[str, bytes]) -> bytes:
+    sums = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
+    manifest = {"format": FORMAT, "step": step, "score": score, "files": sums}
+    return json.dumps({**manifest, "sha256": _sha256_of(manifest)}, indent=2).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = _read(path / MANIFEST)
+    try:
+        manifest = json.loads(content)
+        digest = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise Damaged(f"{path / MANIFEST}: damaged: not a manifest") from None
+    if digest != _sha256_of(manifest):
+        raise Damaged(f"{path / MANIFEST}: damaged: wrong checksum")
+    return dict(manifest)
+
+
+def _read_verified(file: Path, expected: Mapping[str, Any]) -> bytes:
+    content = _read(file)
+    if len(content) != expected["bytes"]:
+        raise Damaged(f"{file}: damaged: {len(content)} bytes, expected {expected['bytes']}")
+    if _sha256(content) != expected["sha256"]:
+        raise Damaged(f"{file}: damaged: wrong checksum")
+    return content
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _score(path: Path) -> Any:
+    try:
+        return _read_manifest(path)["score"]
+    except (Damaged, KeyError):
+        return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    with open(file, "wb", buffering=0) as stream:
+        left = memoryview(content)
+        while left:
+            left = left[stream.write(left) :]
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that at no moment half of it bears the name of a checkpoint."""
+    if path.exists():
+        if not path.name.endswith(_PARTIAL):
+            path = path.rename(path.with_name(f"{path.name}.old{_PARTIAL}"))
+        shutil.rmtree(path)

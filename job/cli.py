@@ -1,0 +1,101 @@
+"""The command line of training: ``[--config FILE] [--check] [key.path=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+from pydantic_core import PydanticUndefined
+
+from job import resume, run_dir
+from job.config import DEFAULT_FILE, Config, fields, load_config
+from job.errors import UsageError
+from job.placement import placement
+
+_DESCRIPTION = """Train a Gluon network with BatchNorm on Fashion-MNIST, on any number of ranks.
+
+  python job/train.py                                        one rank
+  horovodrun -np 4 python job/train.py                       four ranks, the same result sooner
+  python job/train.py train.epochs=10 optimizer.learning_rate=0.1 run.dir=runs/longer
+"""
+
+_COLUMN = 43  # of the descriptions in the list of keys
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows the usage")
+
+
+def parse(arguments: Optional[Sequence[str]] = None) -> Config:
+    """The configuration that the command line asks for, checked against all that can be known before ranks start.
+
+    ``--help`` and ``--check`` end the process with exit code 0.
+
+    Raises:
+        UsageError: the command line, the configuration, or the run directory is not usable.
+    """
+    parser = _Parser(
+        prog="train.py",
+        description=_DESCRIPTION,
+        epilog=_keys() + "\nexit codes: 0 done; 1 failed; 2 bad configuration or usage, nothing was started;"
+        " 75 preempted, run again to go on",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: configs/{DEFAULT_FILE.name})")
+    parser.add_argument(
+        "--check", action="store_true", help="check everything, print the resolved config, start nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    require_samples(config, placement().size, config.data.global_batch_of(placement().size))
+    if placement().rank == 0:
+        run_dir.check(config)
+        resume.check(config, placement().size)
+    if options.check:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config
+
+
+def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:
+    """Every rank needs a sample in every micro-batch, because MXNet 1.9 has no empty arrays.
+
+    Raises:
+        UsageError: the smallest global batch is too small for the ranks.
+    """
+    micros = config.train.accumulate_steps
+    if smallest_batch < ranks * micros:
+        raise UsageError(
+            f"a global batch of {smallest_batch} samples is too small for {ranks} ranks"
+            + (f" x {micros} micro-batches (train.accumulate_steps)" if micros > 1 else "")
+            + "; raise data.global_batch or start fewer ranks"
+        )
+
+
+def _keys() -> str:
+    """All keys with default and meaning, one a line, grouped by section."""
+    lines = ["keys, with their defaults:"]
+    for key, field in fields():
+        assignment = f"{key}={_default(field)}"
+        if len(assignment) > _COLUMN:
+            lines.append(f"  {assignment}")
+            assignment = ""
+        lines.append(f"  {assignment:<{_COLUMN}} {_choices(field)}{field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: Any) -> str:
+    value = field.default if field.default is not PydanticUndefined else field.default_factory()
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "[...]" if isinstance(value, list) and value else str(value)
+
+
+def _choices(field: Any) -> str:
+    choices = getattr(field.annotation, "__args__", ())
+    return f"{'|'.join(choices)}: " if choices and all(isinstance(c, str) for c in choices) else ""

@@ -1,0 +1,78 @@
+"""How a command ends: one readable message, the exit code of the contract, and never a hang.
+
+Exit codes: 0 done; 1 failed; 2 bad configuration or usage, before any rank starts work; 75 preempted, a checkpoint is
+written, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
+from job.placement import placement
+
+_HOLD_SECONDS = 10.0
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run ``main`` and end the process with the exit code that its outcome calls for.
+
+    A rank leaves through ``os._exit``: the ordinary way out would wait, in Horovod's and MXNet's own exit hooks, for
+    ranks that may never answer, where no watchdog looks any more. All that has to be closed is closed by then.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    except Preempted as stop:
+        _note_preemption()
+        _end(str(stop) if placement().rank == 0 else "", stop.exit_code)
+    except JobError as error:
+        if isinstance(error, (UsageError, PeerLostError, DivergedError)):
+            _let_another_rank_speak()
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except BrokenPipeError:
+        _end("nobody reads the output any more", 1)
+    except Exception:
+        _end(traceback.format_exc(), 1)
+
+
+def _let_another_rank_speak() -> None:
+    """One message is enough for what all ranks meet, and the launcher ends the others after it.
+
+    All find the same mistake in the configuration, and rank 0 tells it. All lose the rank that failed, and that one
+    knows why.
+    """
+    if placement().rank > 0:
+        time.sleep(_HOLD_SECONDS)
+
+
+def _note_preemption() -> None:
+    """Tell the launch script: Horovod's launcher makes 1 of every exit code. Each rank does, for the first that ends
+    lets the launcher end the others.
+    """
+    if file := os.environ.get("JOB_PREEMPTED_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text("preempted\n", encoding="utf-8")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    label = "preempted" if code == Preempted.exit_code else "error"
+    everybodys = code == UsageError.exit_code and placement().rank == 0
+    where = f"rank {placement().rank}: " if placement().size > 1 and not everybodys else ""
+    with contextlib.suppress(OSError, ValueError):  # whoever read our output may be gone
+        if message:
+            print(f"{label}: {where}{message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)

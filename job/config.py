@@ -1,0 +1,366 @@
+"""The configuration: a typed schema, read from YAML, with dotted overrides from the command line.
+
+The order of precedence is default, file, command line. Everything that can be wrong with it is found here, before any
+rank starts work, and told in one :class:`~job.errors.UsageError` that lists all problems at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, List, Literal, Optional  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from job.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_FILE = ROOT / "configs" / "fashion_mnist.yaml"
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_empty_section_is_all_defaults(cls, values: Any) -> Any:
+        return {} if values is None else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_the_user_meant_it(cls, value: Any, info: Any) -> Any:
+        """Refuse what pydantic would turn from a boolean into a number or back; take any scalar for a path."""
+        kind = cls.model_fields[info.field_name].annotation
+        items = value if isinstance(value, list) else [value]
+        if kind is not bool and any(isinstance(item, bool) for item in items):
+            raise ValueError("input is a boolean (YAML reads yes, no, on and off as booleans)")
+        if kind is bool and not isinstance(value, (bool, str)):
+            raise ValueError("input should be true or false")
+        if kind in (Path, Optional[Path]) and isinstance(value, (int, float, date)):
+            return str(value)
+        if (
+            kind in (Path, Optional[Path])
+            and not (isinstance(value, (str, Path)) and str(value))
+            and (kind is Path or value is not None)
+        ):
+            raise ValueError("input should be a path")
+        return value
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/fashion_mnist"), description="folder that receives all that the run writes")
+    overwrite: bool = Field(False, description="replace the run that run.dir already holds")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the weights and of the order of samples")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: the local rank's GPU, or the CPU if none")
+    resume: str = Field(
+        "never", min_length=1, description="auto: go on with the run in run.dir; PATH: from that checkpoint; never"
+    )
+    resume_ignoring: List[str] = Field([], description="keys in which a resumed run may differ")  # noqa: UP006
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="loss or gradient NaN or infinite: end, or skip the update"
+    )
+    step_timeout_seconds: float = Field(300.0, gt=0, description="longest wait for another rank, in seconds")
+
+    @field_validator("resume_ignoring")
+    @classmethod
+    def _known_keys(cls, value: list[str]) -> list[str]:
+        known = [name for name, _ in fields()]
+        for key in value:
+            if key not in known:
+                raise ValueError(f"{key!r} is no key of the configuration")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.overwrite and self.resume != "never":
+            raise ValueError("overwrite=true would remove the run that resume goes on with; keep one of them")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: Optional[int] = Field(
+        100, ge=1, description="steps from one checkpoint to the next; null: only at the end of each epoch"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep, beside the best by test accuracy")
+
+
+class Sha256Config(Section):
+    """SHA-256 of each decompressed IDX file, in hexadecimal; ``any`` accepts whatever ``data.dir`` holds."""
+
+    train_images: str = Field(
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", description="of train-images-idx3-ubyte"
+    )
+    train_labels: str = Field(
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", description="of train-labels-idx1-ubyte"
+    )
+    test_images: str = Field(
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", description="of t10k-images-idx3-ubyte"
+    )
+    test_labels: str = Field(
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", description="of t10k-labels-idx1-ubyte"
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _hexadecimal(cls, value: str) -> str:
+        if value != "any" and not re.fullmatch(r"[0-9a-f]{64}", value):
+            raise ValueError("input should be 64 hexadecimal digits in lower case, or the word any")
+        return value
+
+
+class DataConfig(Section):
+    dir: Optional[Path] = Field(None, description="folder with the four IDX files, .gz or not; null: fetch them")
+    cache_dir: Path = Field(
+        default_factory=lambda: _cache_home() / "horovod-gluon-job" / "fashion-mnist",
+        description="folder for fetched data, shared by all runs",
+    )
+    global_batch: Optional[int] = Field(256, ge=1, description="samples in one step, over all ranks")
+    batch_per_rank: Optional[int] = Field(None, ge=1, description="samples in one step on each rank, instead")
+    test_batch_per_rank: int = Field(500, ge=1, description="most test samples in one forward pass on a rank")
+    mirrors: List[str] = Field(  # noqa: UP006
+        [
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+        ],
+        description="URLs that hold the four .gz files",
+    )
+    download_timeout_seconds: float = Field(30.0, gt=0, description="longest silence of a mirror, in seconds")
+    download_attempts: int = Field(3, ge=1, description="tries for each file and mirror")
+    lock_timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for another process to fetch, seconds")
+    sha256: Sha256Config = Field(default_factory=Sha256Config)
+
+    @field_validator("mirrors")
+    @classmethod
+    def _urls(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not re.match(r"https?://[^/]+", url):
+                raise ValueError(f"{url!r} is not an http or https URL")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("batch_per_rank") is not None:
+            if values.get("global_batch") is not None:
+                raise ValueError("global_batch and batch_per_rank are both given; keep one and set the other to null")
+            return {**values, "global_batch": None}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.global_batch is None and self.batch_per_rank is None:
+            raise ValueError("global_batch and batch_per_rank are both null; give one of them")
+        if self.dir is None and "any" in self.sha256.model_dump().values():
+            raise ValueError("sha256.* = any accepts unknown data, so data.dir must say where that data is")
+        return self
+
+    def global_batch_of(self, ranks: int) -> int:
+        """The samples in one step over ``ranks`` ranks, whichever of the two batch keys was given."""
+        return self.global_batch if self.global_batch is not None else (self.batch_per_rank or 0) * ranks
+
+
+class ModelConfig(Section):
+    name: Literal["tutorial", "tutorial_without_batch_norm"] = Field("tutorial", description="network")
+    dtype: Literal["float32", "float64"] = Field(
+        "float32", description="of weights and activations; float64 takes twice as long"
+    )
+    sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each rank's")
+    dense_batch_norm: bool = Field(False, description="BatchNorm on the dense layer too (the tutorial's exercise)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.dense_batch_norm and self.name == "tutorial_without_batch_norm":
+            raise ValueError("dense_batch_norm=true contradicts name=tutorial_without_batch_norm")
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "adam"] = Field("sgd", description="update rule")
+    learning_rate: float = Field(0.2, gt=0, description="peak learning rate")
+    scale_learning_rate: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="by the number of ranks; only with data.batch_per_rank"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd's momentum")
+    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam's decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adam's decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="adam's guard against division by zero")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty; never on BatchNorm or biases")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if self.name == "adam" and (self.momentum or self.nesterov):
+            raise ValueError("momentum and nesterov belong to name=sgd; adam has beta1 and beta2")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=true needs momentum above 0")
+        return self
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "step", "cosine"] = Field("constant", description="shape of the learning rate")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear rise from 0 at the start, in epochs")
+    step_epochs: List[float] = Field([], description="step: epochs at which the rate falls")  # noqa: UP006
+    step_factor: float = Field(0.1, gt=0, le=1, description="step: what it is multiplied by each time")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="cosine: what it ends at, as a fraction of the peak")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        if (self.name == "step") != bool(self.step_epochs):
+            raise ValueError("step_epochs must be given with name=step, and only then")
+        if sorted(set(self.step_epochs)) != self.step_epochs or any(epoch <= 0 for epoch in self.step_epochs):
+            raise ValueError("step_epochs must be positive and rising")
+        return self
+
+
+class TrainConfig(Section):
+    epochs: int = Field(5, ge=1, description="passes over the training set")
+    max_steps: Optional[int] = Field(None, ge=1, description="stop after so many steps; null: after the epochs")
+    log_every_steps: int = Field(10, ge=1, description="steps from one line of train metrics to the next")
+    accumulate_steps: int = Field(1, ge=1, description="micro-batches that a global batch is computed in")
+    clip_gradient_norm: Optional[float] = Field(None, gt=0, description="largest L2 norm of the whole gradient")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.optimizer.scale_learning_rate != "none" and self.data.batch_per_rank is None:
+            raise ValueError(
+                "optimizer.scale_learning_rate is for data.batch_per_rank; with data.global_batch the number of ranks"
+                " changes nothing, so there is nothing to scale"
+            )
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError("schedule.warmup_epochs must be less than train.epochs")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, which :func:`load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys in dotted form with their pydantic ``FieldInfo``, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def load_config(file: Optional[Path] = None, overrides: Sequence[str] = ()) -> Config:
+    """Read ``file`` (default: the tutorial's recipe), apply ``key.path=value`` overrides, validate.
+
+    Raises:
+        UsageError: the file is missing or malformed, or any key or value is wrong. One message lists all problems.
+    """
+    file = DEFAULT_FILE if file is None else file
+    values = _read_yaml(file)
+    origins: dict[str, str] = {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        _assign(values, key, value)
+        origins[key] = "command line"
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem, origins, file) for problem in error.errors()]
+        raise UsageError("bad configuration\n" + "\n".join(f"  {problem}" for problem in problems)) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        self.flatten_mapping(node)
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+            if key_node.value in seen:
+                message = f"key {key_node.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such config file; the project's own are in {ROOT / 'configs'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot read the config file: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: a config file holds sections such as 'train:', this one holds a {_kind(values)}")
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UsageError(f"argument {text!r} is not of the form key.path=value, such as train.epochs=2")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for index, name in enumerate(path):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{key}: {'.'.join(path[: index + 1])} is a value, not a section")
+    values[last] = value
+
+
+def _explain(problem: Any, origins: dict[str, str], file: Path) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    related = (
+        origin for name, origin in origins.items() if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")
+    )
+    where = next(related, str(file))
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key ({where}){_nearest(key)}"
+    message = problem["msg"].replace("Value error, ", "")
+    message = message[0].lower() + message[1:]
+    if not key or isinstance(problem["input"], (dict, BaseModel)):
+        return f"{key + ': ' if key else ''}{message}"
+    return f"{key}: {message}; got {problem['input']!r} ({where})"
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in fields()]
+    sections = list(Config.model_fields)
+    same_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = same_leaf or difflib.get_close_matches(key, known + sections, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, list) else type(value).__name__

@@ -1,0 +1,236 @@
+"""The passes of BatchNorm over whole arrays, which are its cost; what is left has the size of a channel vector.
+
+Every array has the shape (N, C, S): all axes before the channel axis, the channels, all axes after it. Two classes do
+the same: :class:`PortablePasses` with MXNet operators on any device, :class:`CpuPasses` with compiled loops over the
+arrays' own memory. Per-channel vectors go in and come out as float64 numpy arrays of shape (C,).
+
+The passes subtract a ``center`` (C,) before they multiply, in the arrays' own precision: with values around 1e4, x * a
++ b would round away what (x - center) * a + b keeps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import mxnet as mx
+import numba
+import numpy as np
+
+Vector = np.ndarray
+
+
+class Passes(Protocol):
+    """What SyncBatchNorm needs of a device."""
+
+    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
+        """The mean of each channel, and the sum of squared deviations from it."""
+
+    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
+        """``out = (x - center) * scale + shift``."""
+
+    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+        """The sums over each channel of ``dy`` and of ``dy * (x - center)``."""
+
+    def combine(
+        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
+    ) -> None:
+        """``out = a * dy + b * (x - center) + c``."""
+
+
+class PortablePasses:
+    """MXNet operators, in float32 (in float64 for float64 arrays), on the device of the arrays."""
+
+    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
+        x = _widened(x)
+        count = x.shape[0] * x.shape[2]
+        rough = (_channel_sum(x) / count).astype(x.dtype).astype(np.float64)
+        deviation = mx.nd.broadcast_sub(x, _like(rough, x))
+        # What rounding to the array's precision took from the mean is the mean of what is left.
+        rest = _channel_sum(deviation) / count
+        return rough + rest, _channel_sum(deviation.square()) - count * rest**2
+
+    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
+        x = _widened(x)
+        y = mx.nd.broadcast_mul(mx.nd.broadcast_sub(x, _like(center, x)), _like(scale, x))
+        out[:] = mx.nd.broadcast_add(y, _like(shift, x)).astype(out.dtype)
+
+    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+        dy, x = _widened(dy), _widened(x)
+        return _channel_sum(dy), _channel_sum(dy * mx.nd.broadcast_sub(x, _like(center, x)))
+
+    def combine(
+        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
+    ) -> None:
+        dy, x = _widened(dy), _widened(x)
+        deviation = mx.nd.broadcast_sub(x, _like(center, x))
+        dx = mx.nd.broadcast_mul(dy, _like(a, x)) + mx.nd.broadcast_mul(deviation, _like(b, x))
+        out[:] = mx.nd.broadcast_add(dx, _like(c, x)).astype(out.dtype)
+
+
+def _widened(x: mx.nd.NDArray) -> mx.nd.NDArray:
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def _like(vector: Vector, x: mx.nd.NDArray) -> mx.nd.NDArray:
+    return mx.nd.array(vector, ctx=x.context, dtype=x.dtype).reshape((1, -1, 1))
+
+
+def _channel_sum(x: mx.nd.NDArray) -> Vector:
+    return x.sum(axis=2).asnumpy().astype(np.float64).sum(axis=0)
+
+
+class CpuPasses:
+    """One compiled loop a pass, over the memory of float32 or float64 arrays in main memory."""
+
+    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
+        mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
+        _run(_moments_of_columns if x.shape[2] == 1 else _moments_of_rows, host_view(x), mean, m2)
+        return mean, m2
+
+    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
+        source, target = host_view(x), host_view(out)
+        _run(_affine, source, *_cast(source, center, scale, shift), target)
+
+    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+        sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        source = host_view(x)
+        _run(_products, host_view(dy), source, *_cast(source, center), sums, products)
+        return sums, products
+
+    def combine(
+        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
+    ) -> None:
+        source = host_view(x)
+        _run(_combine, host_view(dy), source, *_cast(source, center, a, b, c), host_view(out))
+
+
+def passes_for(x: mx.nd.NDArray) -> Passes:
+    """The fastest passes for the device and the type of ``x``."""
+    return CpuPasses() if x.context.device_type == "cpu" and x.dtype != np.float16 else PortablePasses()
+
+
+def host_view(array: mx.nd.NDArray) -> np.ndarray:
+    """The memory of a CPU array as a numpy array, without a copy.
+
+    Only for arrays on which no operator is pending, as inside a custom operator, and as long as ``array`` lives.
+    """
+    pointer = ctypes.c_void_p()
+    mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
+    dtype = np.dtype(array.dtype)
+    memory = (ctypes.c_byte * (array.size * dtype.itemsize)).from_address(pointer.value or 0)
+    return np.frombuffer(memory, dtype=dtype).reshape(array.shape)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="batch_norm")
+
+
+def _run(loop: Callable[..., None], source: np.ndarray, *arguments: np.ndarray) -> None:
+    """Run ``loop`` over ranges of channels side by side, on as many threads as MXNet's own operators take."""
+    channels = source.shape[1]
+    threads = min(channels, int(os.environ.get("OMP_NUM_THREADS") or 1))
+    if threads == 1:
+        loop(0, channels, source, *arguments)
+        return
+    bounds = [channels * index // threads for index in range(threads + 1)]
+    try:
+        list(_pool(threads).map(lambda first, last: loop(first, last, source, *arguments), bounds[:-1], bounds[1:]))
+    except RuntimeError:  # a backward that nobody waited for, while the interpreter ends and takes no more work
+        loop(0, channels, source, *arguments)
+
+
+def _cast(like: np.ndarray, *vectors: Vector) -> list[np.ndarray]:
+    return [vector.astype(like.dtype) for vector in vectors]
+
+
+def _compiled(function: Callable[..., None]) -> Any:
+    """Compile to machine code at the first call: without the interpreter's lock, sums reordered for vector units."""
+    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep compiled code, as in a read-only container
+        return numba.njit(**options)(function)
+
+
+@_compiled
+def _moments_of_rows(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
+    """Two passes over a row while it is in the first-level cache, then Chan's merge of the rows of a channel.
+
+    Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    rows, _, length = x.shape
+    for c in range(first, last):
+        mean_c, m2_c = 0.0, 0.0
+        for n in range(rows):
+            row = x[n, c]
+            origin = row[0]  # near the mean, so that the sum of what is left is small and exact
+            total = origin - origin
+            for i in range(length):
+                total += row[i] - origin
+            row_mean = origin + total / x.dtype.type(length)
+            rest = origin - origin
+            squares = origin - origin
+            for i in range(length):
+                deviation = row[i] - row_mean
+                rest += deviation
+                squares += deviation * deviation
+            residue = np.float64(rest) / length
+            delta = np.float64(row_mean) + residue - mean_c
+            mean_c += delta / (n + 1)
+            m2_c += squares - length * residue * residue + delta * delta * length * n / (n + 1)
+        mean[c], m2[c] = mean_c, m2_c
+
+
+@_compiled
+def _moments_of_columns(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
+    """Welford's update in float64, all channels at once: for arrays whose last axis is the channel axis."""
+    rows = x.shape[0]
+    mean[first:last] = 0.0
+    m2[first:last] = 0.0
+    for n in range(rows):
+        weight = 1.0 / (n + 1)
+        for c in range(first, last):
+            delta = x[n, c, 0] - mean[c]
+            mean[c] += delta * weight
+            m2[c] += delta * (x[n, c, 0] - mean[c])
+
+
+@_compiled
+def _affine(first, last, x, center, scale, shift, out):  # type: ignore[no-untyped-def]
+    rows, _, length = x.shape
+    for n in range(rows):
+        for c in range(first, last):
+            center_c, scale_c, shift_c = center[c], scale[c], shift[c]
+            for i in range(length):
+                out[n, c, i] = (x[n, c, i] - center_c) * scale_c + shift_c
+
+
+@_compiled
+def _products(first, last, dy, x, center, sums, products):  # type: ignore[no-untyped-def]
+    rows, _, length = x.shape
+    for n in range(rows):
+        for c in range(first, last):
+            center_c = center[c]
+            total = center_c - center_c
+            product = center_c - center_c
+            for i in range(length):
+                total += dy[n, c, i]
+                product += dy[n, c, i] * (x[n, c, i] - center_c)
+            sums[c] += total
+            products[c] += product
+
+
+@_compiled
+def _combine(first, last, dy, x, center, a, b, c0, out):  # type: ignore[no-untyped-def]
+    rows, _, length = x.shape
+    for n in range(rows):
+        for c in range(first, last):
+            center_c, a_c, b_c, c_c = center[c], a[c], b[c], c0[c]
+            for i in range(length):
+                out[n, c, i] = a_c * dy[n, c, i] + b_c * (x[n, c, i] - center_c) + c_c

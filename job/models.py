@@ -1,0 +1,48 @@
+"""The networks, by name."""
+
+from __future__ import annotations
+
+import mxnet as mx
+from mxnet import init
+from mxnet.gluon import nn
+
+from job.config import ModelConfig
+
+CLASSES = 10
+IMAGE_SHAPE = (1, 28, 28)
+
+
+def build(model: ModelConfig) -> nn.HybridSequential:
+    """The network that ``model`` names, uninitialized. Input (N, 1, 28, 28), output (N, 10) logits, float32."""
+    return tutorial(batch_norm=model.name == "tutorial", dense_batch_norm=model.dense_batch_norm)
+
+
+def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False) -> nn.HybridSequential:
+    """The network of the Gluon BatchNorm tutorial. Shapes, without the batch axis, are those of the output.
+
+    Args:
+        batch_norm: whether the convolutions are normalized.
+        dense_batch_norm: the tutorial's exercise: whether the dense layer is normalized too.
+    """
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(20, kernel_size=5))  # 20x24x24
+    if batch_norm:
+        net.add(nn.BatchNorm())
+    net.add(nn.Activation("relu"), nn.MaxPool2D(2, 2))  # 20x12x12
+    net.add(nn.Conv2D(50, kernel_size=3))  # 50x10x10
+    if batch_norm:
+        net.add(nn.BatchNorm())
+    net.add(nn.Activation("relu"), nn.MaxPool2D(2, 2), nn.Flatten())  # 1250
+    net.add(nn.Dense(128))
+    if dense_batch_norm:
+        net.add(nn.BatchNorm())
+    net.add(nn.Activation("relu"), nn.Dense(CLASSES))
+    return net
+
+
+def initialize(net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32") -> None:
+    """Draw the weights from Normal(0, 0.01), the tutorial's choice, and compile the network for static shapes."""
+    net.cast(dtype)
+    net.initialize(init.Normal(sigma=0.01), ctx=ctx)
+    net.hybridize(static_alloc=True, static_shape=True)
+    net(mx.nd.zeros((1, *IMAGE_SHAPE), ctx=ctx, dtype=dtype))  # fixes the shapes that Gluon defers

@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Train on one rank, or on many: ``python job/train.py``, ``horovodrun -np 4 python job/train.py``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from job.placement import placement, share_cores
+
+share_cores()  # before MXNet is imported
+
+from mxnet.gluon import HybridBlock
+
+from job import command, data, models, run_dir
+from job.cli import parse, require_samples
+from job.comm import Comm, connect, peer_errors
+from job.config import Config
+from job.device import choose_device, seed_everything
+from job.preemption import Preemption
+from job.recorder import Recorder
+from job.resume import open_checkpoints
+from job.sampler import Sampler
+from job.schedule import Schedule, peak_learning_rate
+from job.state import RunState
+from job.steps import Feed, Learner
+from job.sync_batch_norm import convert_sync_batch_norm
+from job.writers import open_writers
+
+
+def train(config: Config, comm: Comm) -> HybridBlock:
+    """The whole run, the same on every rank. Returns the trained network, of which all ranks hold the same."""
+    ctx = choose_device(config.run.device, comm)
+    with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
+        dataset = data.load(config.data)
+        comm.barrier("data")
+    sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
+    require_samples(config, comm.size, sampler.smallest_batch)
+    micros = config.train.accumulate_steps
+    total_steps = min(config.train.max_steps or sys.maxsize, config.train.epochs * sampler.steps_per_epoch)
+
+    seed_everything(config.run.seed)
+    net = models.build(config.model)
+    if config.model.sync_batch_norm:  # with one rank too, for the same arithmetic
+        convert_sync_batch_norm(net, comm)
+    models.initialize(net, ctx, config.model.dtype)
+    feed = Feed(ctx, config.model.dtype)
+    learner = Learner(net, comm, feed, config.train, config.optimizer, config.run.on_nonfinite)
+    peak = peak_learning_rate(config.optimizer, comm.size)
+    schedule = Schedule(config.schedule, peak, sampler.steps_per_epoch, total_steps)
+    recorder = Recorder()
+    state = RunState(learner, recorder, config.run.seed)
+
+    with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
+        checkpoints = stack.enter_context(open_checkpoints(config, comm, data.digests(config.data, dataset)))
+        checkpoints.resume(state)
+        recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps))
+        for step in range(learner.steps, total_steps):
+            epoch, index = divmod(step, sampler.steps_per_epoch)
+            shares = [sampler.share(epoch, index, comm.rank, comm.size, micro, micros) for micro in range(micros)]
+            stop = bool(preemption.signal) or checkpoints.failing
+            with comm.guard(f"step {step + 1}"):
+                learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop)
+
+            epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
+            if epoch_ends or (step + 1) % config.train.log_every_steps == 0:
+                recorder.train(step + 1, epoch, learner.totals(), schedule(step))
+            if epoch_ends:
+                recorder.test(step + 1, epoch, learner.evaluate(dataset.test, config.data.test_batch_per_rank))
+            if epoch_ends or learner.stopping or (step + 1) % (config.checkpoint.every_steps or sys.maxsize) == 0:
+                checkpoints.save(state)
+            if learner.stopping:
+                checkpoints.finish()
+                raise preemption.preempted(comm, step + 1)
+        checkpoints.finish()
+        recorder.finish(
+            ranks=comm.size,
+            train_examples_per_epoch=sampler.samples,
+            sync_batch_norm=config.model.sync_batch_norm,
+            skipped_updates=learner.skipped,
+        )
+    return net
+
+
+def main() -> None:
+    """Parse, join the other ranks, train, leave together."""
+    config = parse()
+    lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
+    comm = connect(config.run.step_timeout_seconds)
+    with peer_errors():
+        train(config, comm)
+        comm.close()
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,82 @@
+"""A bound on every wait for another rank."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+_POLL_SECONDS = 0.5
+
+
+def tell(message: str, stacks: bool = True) -> None:
+    """Print an error, if there is one, and where every thread stands; though nobody may read it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if stacks:
+            faulthandler.dump_traceback(file=sys.stderr)
+
+
+def end_process(message: str) -> None:
+    """Say why, show where every thread stands, and leave: a rank that waits inside MXNet cannot be woken."""
+    tell(message)
+    os._exit(1)
+
+
+def is_orphan() -> bool:
+    """Whether the launcher that reads this process's output has died. Remote ranks would go on for ever."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors are always reported
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+class Watchdog:
+    """Calls ``on_expiry`` with a message when something guarded is late, or the process is an orphan.
+
+    One daemon thread looks at all guarded waits, so that guarding costs no more than two dictionary operations.
+    """
+
+    def __init__(
+        self,
+        limit_seconds: float,
+        on_expiry: Callable[[str], None] = end_process,
+        orphaned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.limit_seconds = limit_seconds
+        self._on_expiry = on_expiry
+        self._orphaned = orphaned
+        self._waits: dict[object, tuple[float, float, str]] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def guard(self, what: str, limit_seconds: Optional[float] = None) -> Iterator[None]:
+        """Bound the time that the block may take, by default to the watchdog's limit; ``what`` names the block."""
+        key = object()
+        limit = self.limit_seconds if limit_seconds is None else limit_seconds
+        self._waits[key] = (time.monotonic() + limit, limit, what)
+        try:
+            yield
+        finally:
+            del self._waits[key]
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(_POLL_SECONDS, self.limit_seconds / 4)):
+            if self._orphaned():
+                end_process("the launcher has died")
+            for deadline, limit, what in list(self._waits.values()):
+                if time.monotonic() > deadline:
+                    self._on_expiry(f"{what}: no answer within {limit:g} s")
+                    return

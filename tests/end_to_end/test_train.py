@@ -1,0 +1,135 @@
+"""The user's own commands, from another directory, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml")]
+
+
+def user_runs(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """A command as a user gives it in ``folder``, where the project is not, with the environment's programs on PATH."""
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of one smoke run on two ranks, and what it printed."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = ["horovodrun", "-np", "2", "python", str(ROOT / "job" / "train.py"), *SMOKE, "run.dir=here/run"]
+    done = user_runs(command, folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "here" / "run", done.stdout
+
+
+def test_the_summary_holds_what_other_tools_read(smoke: tuple[Path, str]) -> None:
+    summary = json.loads((smoke[0] / "summary.json").read_text())
+    assert (summary["ranks"], summary["epochs"], summary["steps"]) == (2, 1, 40)
+    assert (summary["test_examples"], summary["train_examples_per_epoch"]) == (10000, 60000)
+    assert (summary["mxnet"], summary["horovod"], summary["sync_batch_norm"]) == ("1.9.1", "0.28.1", True)
+    assert 0.5 < summary["test_accuracy"] < 1 and summary["images_per_second"] > 0 and summary["test_loss"] > 0
+
+
+def test_metrics_are_one_json_object_a_line_with_rising_steps(smoke: tuple[Path, str]) -> None:
+    records = records_of(smoke[0])
+    train = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in train] == list(range(1, 41))  # smoke logs every step
+    assert train[-1]["loss"] < train[0]["loss"] < 2.4
+    assert [record["step"] for record in records if record["split"] == "test"] == [40]
+    assert all({"epoch", "loss", "accuracy"} <= set(record) for record in records)
+
+
+def test_the_resolved_config_is_kept_and_repeats_the_run(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    kept = smoke[0] / "config.yaml"
+    assert yaml.safe_load(kept.read_text())["train"]["max_steps"] == 40
+    command = ["python", str(ROOT / "job" / "train.py"), "--config", str(kept), "--check", f"run.dir={tmp_path / 'x'}"]
+    done = user_runs(command, tmp_path)
+    assert done.returncode == 0
+    expected = yaml.safe_load(kept.read_text())
+    expected["run"]["dir"] = str(tmp_path / "x")
+    assert yaml.safe_load(done.stdout) == expected
+
+
+def test_tensorboard_reads_the_scalars_of_steps_and_evaluation(smoke: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(smoke[0] / "tensorboard")).Reload()
+    tags = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "optimizer/learning_rate"}
+    assert tags | {"throughput/images_per_second"} <= set(events.Tags()["scalars"])
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 41))
+    logged = [record["loss"] for record in records_of(smoke[0]) if record["split"] == "train"]
+    assert [event.value for event in losses] == pytest.approx(logged, rel=1e-6)
+
+
+def test_rank_0_ends_with_the_result_and_where_it_is_and_others_are_silent(smoke: tuple[Path, str]) -> None:
+    lines = [line for line in smoke[1].splitlines() if line.strip()]
+    summary = json.loads((smoke[0] / "summary.json").read_text())
+    assert f"done: test accuracy {summary['test_accuracy']:.4f}" in lines[-1] and "here/run" in lines[-1]
+    assert not [line for line in lines if line.startswith(("[1]", "[1,1]"))]
+    assert "\x1b" not in smoke[1]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_nothing_is_lost(smoke: tuple[Path, str]) -> None:
+    before = {path: path.read_bytes() for path in smoke[0].rglob("*") if path.is_file()}
+    command = ["python", str(ROOT / "job" / "train.py"), *SMOKE, f"run.dir={smoke[0]}"]
+    done = user_runs(command, smoke[0])
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr and "run.overwrite=true" in done.stderr
+    assert {path: path.read_bytes() for path in smoke[0].rglob("*") if path.is_file()} == before
+
+
+def test_one_rank_without_a_launcher_and_four_with_it_see_the_same_first_batches(tmp_path: Path) -> None:
+    train = ["python", str(ROOT / "job" / "train.py"), *SMOKE, "train.max_steps=3"]
+    assert user_runs([*train, "run.dir=one"], tmp_path).returncode == 0
+    assert user_runs(["horovodrun", "-np", "4", *train, "run.dir=four"], tmp_path).returncode == 0
+    one, four = (records_of(tmp_path / name) for name in ("one", "four"))
+    assert [record["loss"] for record in four[:2]] == pytest.approx([record["loss"] for record in one[:2]], rel=1e-5)
+    assert json.loads((tmp_path / "four" / "summary.json").read_text())["test_examples"] == 10000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train.epoch=3"], ["train.epoch", "did you mean train.epochs"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "no such config file"]),
+        (["data.global_batch=1"], ["2 ranks", "data.global_batch"]),
+        (["--epochs", "3"], ["--epochs"]),
+    ],
+)
+def test_the_launch_script_refuses_what_is_wrong_with_one_message_before_any_rank_starts(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    done = user_runs([str(ROOT / "launch" / "local.sh"), "-np", "2", *arguments], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_under_horovodrun_a_bad_config_is_told_once(tmp_path: Path) -> None:
+    command = ["horovodrun", "-np", "3", "python", str(ROOT / "job" / "train.py"), "train.epochs=none"]
+    done = user_runs(command, tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode in (1, 2)  # over Gloo horovodrun makes 1 of every exit code, over MPI it passes it on
+    assert output.count("train.epochs") == 1
+
+
+def test_missing_data_is_one_message_that_says_how_to_mend_it(tmp_path: Path) -> None:
+    command = ["python", str(ROOT / "job" / "train.py"), *SMOKE, "run.dir=run", "data.dir=nowhere"]
+    done = user_runs(command, tmp_path)
+    assert done.returncode == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,134 @@
+"""Ranks and launchers that die, hang, or are asked to go: rows 1 to 4 of the matrix."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+
+import pytest
+
+from tests.faults.conftest import Run, finish, wait_for_line
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", ["start:0", "step:7", "allreduce:7", "save:10", "evaluation:12"])
+def test_a_killed_rank_ends_the_run_in_time_and_the_same_command_goes_on(
+    run: Run, whole: Run, point: str, rank: int
+) -> None:
+    where, step = point.split(":")
+    ended = run.train(2, fault=f"kill:{where}:{rank}:{step}")
+    assert ended.code == 1
+    assert f"Process name: {rank}\n" in ended.output
+    assert "Exit code: -9" in ended.output or "Exit code: 137" in ended.output
+    run.assert_nothing_left()
+    again = run.train(2, "run.resume=auto")
+    assert again.code == 0, again.output
+    assert run.weights() == whole.weights()
+    assert run.records() == whole.records()
+
+
+@pytest.mark.fault(1)
+def test_a_rank_killed_as_it_writes_leaves_the_checkpoint_before(run: Run, whole: Run) -> None:
+    ended = run.train(2, fault="kill:write:0:10")
+    assert ended.code == 1
+    assert run.checkpoints() == ["step-00000005", "step-00000006", "step-00000010.partial"]
+    again = run.train(2, "run.resume=auto")
+    assert "going on after step 6" in again.output
+    assert run.weights() == whole.weights()
+    assert not any(name.endswith(".partial") for name in run.checkpoints())
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize("how", ["kill", "term"])
+def test_no_rank_outlives_its_launcher(run: Run, how: str) -> None:
+    run.train(2, "train.epochs=1000", fault=f"{how}-launcher:step:1:7")
+    run.assert_nothing_left()
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("signal_and_rank", ["term:0", "term:1", "usr1:1", "term:all"])
+def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
+    run: Run, whole: Run, signal_and_rank: str
+) -> None:
+    name, rank = signal_and_rank.split(":")
+    ended = run.train(2, "checkpoint.every_steps=null", fault=f"{name}:step:{rank}:7")
+    assert "Exit code: 75" in ended.output
+    assert "preempted: rank 0: stopped after step" in ended.output
+    asked = f"rank {'0' if rank == 'all' else rank} received SIG{name.upper()}"
+    assert asked in ended.output
+    run.assert_nothing_left()
+    last = run.checkpoints()[-1]
+    assert f"stopped after step {int(last[5:])}," in ended.output
+    assert 8 <= int(last[5:]) <= 10
+    again = run.train(2, "run.resume=auto", "checkpoint.every_steps=null")
+    assert again.code == 0, again.output
+    assert run.weights() == whole.weights()
+    assert run.records() == whole.records()
+
+
+@pytest.mark.fault(3)
+def test_a_second_signal_ends_at_once(run: Run) -> None:
+    ended = run.train(2, fault="twice:step:1:7")
+    assert "SIGTERM for the second time: ending at once" in ended.output
+    run.assert_nothing_left()
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("to", ["script", "rank"])
+def test_the_launch_script_ends_with_75_and_goes_on_when_given_again(run: Run, whole: Run, to: str) -> None:
+    process = run.popen(run.script(2, "train.max_steps=500", "train.epochs=100"))
+    output = wait_for_line(process, "step 8/")
+    if to == "script":
+        process.send_signal(signal.SIGTERM)
+    else:
+        ranks = [
+            p for p in run.processes() if p.name().startswith("python") and "train.py" in " ".join(p.cmdline()[:2])
+        ]
+        ranks[-1].send_signal(signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code == 75, output + ended.output
+    run.assert_nothing_left()
+    again = finish(run.popen(run.script(2)))
+    stopped_at = int(ended.output.partition("stopped after step ")[2].partition(",")[0])
+    if stopped_at <= 18:
+        assert again.code == 0, again.output
+        assert f"going on after step {stopped_at}" in again.output
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("point", ["step:7", "evaluation:12"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_sleeps_is_noticed_and_named_and_all_show_their_stacks(run: Run, point: str, rank: int) -> None:
+    where, step = point.split(":")
+    ended = run.train(2, "run.step_timeout_seconds=4", fault=f"sleep:{where}:{rank}:{step}")
+    assert ended.code == 1
+    assert f"late: rank {rank}, alive, but behind the others" in ended.output
+    assert "no answer within 4 s" in ended.output
+    assert "in broken" in ended.output, "the stack of the rank that sleeps"
+    assert "most recent call first" in ended.output
+    run.assert_nothing_left()
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_noticed_and_named(run: Run, rank: int) -> None:
+    ended = run.train(2, "run.step_timeout_seconds=4", fault=f"stop:step:{rank}:7")
+    assert ended.code == 1
+    assert f"late: rank {rank}, silent: stopped, dead or cut off" in ended.output
+    run.assert_nothing_left()
+
+
+@pytest.mark.fault(2)
+def test_the_launch_script_killed_leaves_a_run_that_is_still_held(run: Run) -> None:
+    process = run.popen(run.script(2, "train.epochs=1000"))
+    wait_for_line(process, "step 8/")
+    ranks = [p for p in run.processes() if "horovodrun" in " ".join(p.cmdline()[:2])]
+    assert ranks
+    for launcher in ranks:
+        launcher.kill()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the script outlived its launcher")
+    run.assert_nothing_left()

@@ -1,0 +1,29 @@
+"""The collectives for bytes and text, on real ranks."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from job.comm import Comm
+
+
+def exchanged(comm: Comm) -> Any:
+    content = os.urandom(100_000) if comm.rank == 0 else b"what other ranks pass does not count"
+    same = comm.broadcast_bytes(content, "bytes")
+    texts = comm.gather_text(f"ränk {comm.rank}" if comm.rank != 1 else "", "texts")
+    long = comm.gather_text("x" * 600, "long")
+    return same, comm.broadcast_bytes(b"", "nothing"), texts, [len(text) for text in long]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_bytes_and_text_reach_every_rank(run_ranks: Any, size: int) -> None:
+    results = run_ranks(exchanged, size)
+    for same, nothing, texts, lengths in results:
+        assert len(same) == 100_000
+        assert same == results[0][0]
+        assert nothing == b""
+        assert texts == [f"ränk {rank}" if rank != 1 else "" for rank in range(size)]
+        assert lengths == [500] * size
