@@ -25,9 +25,10 @@ def launcher(size: int, controller: str = "gloo") -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a rank: the project importable, and Open MPI content with the root of a container."""
+    """The environment of a rank: the project importable, mpirun found, Open MPI content with a container's root."""
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**os.environ, **as_root, "PYTHONPATH": str(ROOT)}
+    path = f"{HOROVODRUN.parent}{os.pathsep}{os.environ['PATH']}"  # pytest may have been started without an activate
+    return {**os.environ, **as_root, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
