@@ -113,8 +113,12 @@ class HorovodComm(Comm):
         self._hvd.grouped_allreduce_(list(arrays), average=False, name=name, **self._options)
 
     def broadcast_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
-        for index, array in enumerate(arrays):
-            self._hvd.broadcast_(array, root_rank=0, name=f"{name}.{index}", **self._options)
+        # As a sum with zeros: one collective for all arrays. Horovod's broadcasts, one an array, have crashed with a
+        # segmentation fault in a rank whose peer had just died.
+        if self.rank:
+            for array in arrays:
+                array[:] = 0
+        self.allreduce_(arrays, name)
 
     def guard(self, what: str, limit_seconds: Optional[float] = None) -> AbstractContextManager[None]:
         return self._watchdog.guard(f"rank {self.rank}: {what}", limit_seconds)
@@ -133,8 +137,7 @@ class HorovodComm(Comm):
             if size == 0:  # MXNet has no empty arrays
                 return b""
             array = mx.nd.array(np.frombuffer(content, np.uint8) if self.rank == 0 else np.zeros(size), dtype="uint8")
-            self._entered += 1
-            self._hvd.broadcast_(array, root_rank=0, name=name, **self._options)
+            self.allreduce_([array], name)  # zeros on all others
             return bytes(array.asnumpy().tobytes())
 
     def close(self) -> None:
