@@ -167,6 +167,8 @@ def gpus(environment: Mapping[str, str] = os.environ) -> Gpus:
     if answer.error:
         return Gpus(error=answer.error)
     rows = [[field.strip() for field in line.split(",")] for line in answer.text.splitlines() if line.strip()]
+    if any(len(row) < 4 for row in rows):
+        return Gpus(error=answer.text.strip().splitlines()[0])
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     return Gpus(tuple(_gpu(row) for row in rows if _visible(row[0], row[1], wanted)))
 
