@@ -29,6 +29,9 @@ RANK_MEMORY_BYTES = GIB  # 0.6 GiB were seen, in float64 with a batch of 128
 SHARED_MEMORY_BYTES = (16 * MIB, 256 * MIB)  # on CPUs, where less than 1 MiB was seen, and on GPUs, not measured
 
 
+RENEW = "`make setup`; if that finds nothing to do: rm -rf .venv && make setup"
+
+
 class Check(NamedTuple):
     """A verdict: ``ok``, ``warn`` (it works, but not well or not everywhere) or ``fail`` (it will not work)."""
 
@@ -58,9 +61,9 @@ def numpy(packages: Mapping[str, str]) -> Check:
     """Numpy 1.24 removed a name that MXNet 1.9.1 uses when it is imported."""
     version = packages.get("numpy")
     if version is None:
-        return Check("numpy", "fail", "not installed", "`make setup`")
+        return Check("numpy", "fail", "not installed", RENEW)
     if _numbers(version) >= (1, 24):
-        remedy = "`make setup` installs the locked version, or: pip install 'numpy<1.24'"
+        remedy = ".venv/bin/pip install numpy==1.23.5"
         return Check("numpy", "fail", f"numpy {version}; MXNet 1.9.1 cannot be imported with 1.24 or newer", remedy)
     return Check("numpy", "ok", f"numpy {version}, below 1.24 as MXNet 1.9.1 needs it")
 
@@ -71,9 +74,9 @@ def wheels(packages: Mapping[str, str]) -> Check:
     if len(found) > 1:
         return Check("wheel", "fail", f"{' and '.join(found)} overwrite each other", "rm -rf .venv && make setup")
     if not found:
-        return Check("wheel", "fail", "no wheel of MXNet is installed", "`make setup`")
+        return Check("wheel", "fail", "no wheel of MXNet is installed", RENEW)
     if not found[0].endswith(" 1.9.1"):
-        return Check("wheel", "fail", f"{found[0]}; this job is for 1.9.1", "`make setup`")
+        return Check("wheel", "fail", f"{found[0]}; this job is for 1.9.1", RENEW)
     return Check("wheel", "ok", f"{found[0]}, for {'GPUs' if has_gpu_wheel(packages) else 'the CPU'}")
 
 
@@ -86,7 +89,7 @@ def mxnet(answer: Answer) -> Check:
     """``answer`` as of :func:`job.machine.mxnet`."""
     if answer.error:
         driver = "libcuda.so" in answer.error
-        remedy = "install the NVIDIA driver, or the CPU build: rm -rf .venv && make setup" if driver else "`make setup`"
+        remedy = "install the NVIDIA driver, or the CPU build: rm -rf .venv && make setup" if driver else RENEW
         return Check("mxnet", "fail", f"cannot be imported and used: {answer.error}", remedy)
     found = json.loads(answer.text)
     if found["sum"] != 8:
@@ -213,7 +216,8 @@ def run_dir(error: str, config: Config) -> Check:
 def data(found: Data) -> Check:
     """Where the data set is."""
     if found.error:
-        return Check("data", "fail", found.error, "mend data.dir, or leave it out: the data is then fetched")
+        remedy = "mend data.dir, or leave it out: the data is then fetched"
+        return Check("data", "fail", found.error, RENEW if "No module" in found.error else remedy)
     if found.missing:
         message = f"not on this machine: {', '.join(found.missing)}"
         return Check("data", "warn", message, "the first run fetches it over the network; `make setup` does so now")

@@ -122,6 +122,17 @@ def test_what_may_go_badly_is_told_once_on_stderr(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("version", "code"), [("470.57.02", 0), ("440.33.01", 1)])
+def test_a_driver_that_is_old_is_told_and_one_that_is_too_old_is_an_error(node: Node, version: str, code: int) -> None:
+    node(gpus=Gpus((Gpu("NVIDIA A100", (8, 0), version),)), wheel="mxnet-cu112")
+    if code == 0:
+        assert names(load_config()) == ["driver"]
+    else:
+        with pytest.raises(JobError, match=rf"driver {version}") as refused:
+            cli.parse([])
+        assert refused.value.exit_code == code
+
+
 def test_threads_of_the_users_own_that_crowd_the_cores_are_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node(ranks=4, cores=8)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
