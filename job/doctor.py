@@ -76,7 +76,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         ),
         checks.cores(ranks, cores()),
         checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
-        checks.shared_memory(machine.disk(Path("/dev/shm")), on_gpus),
+        checks.shared_memory(machine.disk(Path("/dev/shm")), ranks, on_gpus),
         checks.memory(machine.memory_bytes(), ranks),
         checks.open_files(machine.open_files()),
         checks.disk(disk, config),

@@ -31,7 +31,7 @@ def check(config: Config) -> list[Check]:
     if placement().rank == 0:
         found.append(checks.disk(machine.disk(config.run.dir), config))
     if ranks > 1:
-        found.append(checks.shared_memory(machine.disk(Path("/dev/shm")), on_gpus))
+        found.append(checks.shared_memory(machine.disk(Path("/dev/shm")), ranks, on_gpus))
     for failed in (check for check in found if check.status == "fail"):
         raise (UsageError if failed is gpu else JobError)(failed.sentence)
     return [check for check in found if check.status == "warn"]

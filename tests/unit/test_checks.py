@@ -76,13 +76,15 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "one thread on too few cores": (checks.threads("1", 4, 2), "ok", []),
     "threads of nonsense": (checks.threads("4,2", 2, 8), "warn", ["OMP_NUM_THREADS=4,2", "unset"]),
     "no threads": (checks.threads("0", 2, 8), "warn", ["OMP_NUM_THREADS=0"]),
-    "Docker's shared memory on CPUs": (checks.shared_memory(Disk(64 * MIB, None), False), "ok", ["64 MiB"]),
-    "Docker's shared memory on GPUs": (
-        checks.shared_memory(Disk(64 * MIB, None), True), "warn", ["64 MiB", "256 MiB", "--shm-size", "emptyDir"],
+    "Docker's shared memory": (checks.shared_memory(Disk(64 * MIB, None), 12, False), "ok", ["64 MiB free"]),
+    "Docker's shared memory for many ranks": (
+        checks.shared_memory(Disk(64 * MIB, None), 16, False), "warn", ["64 MiB", "16 ranks", "80 MiB", "--shm-size"],
     ),
-    "hardly any shared memory": (checks.shared_memory(Disk(MIB, None), False), "warn", ["1 MiB", "--shm-size"]),
-    "shared memory": (checks.shared_memory(Disk(GIB, None), True), "ok", ["1.0 GiB"]),
-    "no shared memory": (checks.shared_memory(Disk(0, None, "No such file"), False), "warn", ["/dev/shm: No"]),
+    "Docker's shared memory on GPUs": (
+        checks.shared_memory(Disk(64 * MIB, None), 2, True), "warn", ["64 MiB", "256 MiB", "--shm-size", "emptyDir"],
+    ),
+    "shared memory": (checks.shared_memory(Disk(GIB, None), 8, True), "ok", ["1.0 GiB"]),
+    "no shared memory": (checks.shared_memory(Disk(0, None, "No such file"), 1, False), "warn", ["/dev/shm: No such"]),
     "memory": (checks.memory(4 * GIB, 4), "ok", ["4.0 GiB for 4 ranks"]),
     "too little memory": (checks.memory(4 * GIB - 1, 4), "warn", ["4 ranks", "fewer", "memory limit"]),
     "open files": (checks.open_files(1024), "ok", ["1024"]),
