@@ -275,7 +275,7 @@ def gpu(gpus: Gpus, gpu_wheel: bool, device: str) -> Check:
             return Check("gpu", "fail", "run.device=gpu, and nvidia-smi shows none", remedy)
         if gpu_wheel:
             return Check(
-                "gpu", "warn", "none, though MXNet is built for GPUs", "mend the driver; else it is the CPU's turn"
+                "gpu", "warn", "none, though MXNet is built for GPUs", "mend the driver, or say run.device=cpu"
             )
         return Check("gpu", "ok", "none; training on the CPU")
     shown = ", ".join(dict.fromkeys(f"{name} ({_capability(capability)})" for name, capability, _ in gpus.cards))

@@ -141,8 +141,9 @@ def imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source
         ("raise OSError('libcuda.so.1: cannot open\\nsecond line')", "OSError: libcuda.so.1: cannot open"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died of SIGSEGV"),
         ("import sys; sys.exit(3)", "ended with exit code 3"),
+        ("import sys; sys.exit()", "its import ended the process"),
     ],
-    ids=["raises", "crashes", "exits"],
+    ids=["raises", "crashes", "exits", "exits as if all were well"],
 )
 def test_an_import_that_fails_is_a_fact_with_the_first_line_of_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str, error: str
@@ -158,7 +159,8 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_an_import_prints_is_not_taken_for_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imports(tmp_path, monkeypatch, "mxnet", "print('{\"noise\": 1}', end='')\nclass context: num_gpus = lambda: 0")
+    noise = "import atexit\nprint('{}', end='')\natexit.register(print, '{}')\n"
+    imports(tmp_path, monkeypatch, "mxnet", f"{noise}class context: num_gpus = lambda: 0")
     assert machine.mxnet_on_gpus() == Answer('{"gpus": 0}')
 
 
