@@ -30,7 +30,7 @@ def test_a_container_of_version_2_sees_its_limits_at_the_root(tmp_path: Path) ->
 def test_the_tightest_of_the_groups_above_counts(tmp_path: Path) -> None:
     files = {
         "batch.slice/cpu.max": "400000 100000",
-        "batch.slice/job.scope/cpu.max": "max 100000",
+        "batch.slice/job.scope/cpu.max": "800000 100000",
         "batch.slice/memory.max": str(8 * GIB),
         "batch.slice/job.scope/memory.max": str(16 * GIB),
         "other.slice/cpu.max": "100000 100000",

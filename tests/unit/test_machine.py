@@ -5,6 +5,7 @@ There is no GPU here: ``nvidia-smi`` is a script that prints what NVIDIA's manua
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -230,6 +231,15 @@ def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
     assert machine.write_error(Path("/proc/run")) in ("No such file or directory", "Permission denied")
 
 
+def test_a_disk_that_takes_data_but_cannot_keep_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    assert machine.write_error(tmp_path) == "Input/output error"
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the commit
 
 
@@ -240,8 +250,10 @@ def repository(tmp_path: Path) -> Path:
     (root / "file").write_text("1")
     git(root, "init", "-q")
     git(root, "add", "file")
-    git(root, "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", "commit", "-qm", "first")
-    git(root, "tag", "v1")
+    git(root, "config", "user.name", "n")
+    git(root, "config", "user.email", "e")
+    git(root, "-c", "commit.gpgsign=false", "commit", "-qm", "first")
+    git(root, "-c", "tag.gpgsign=false", "tag", "-a", "-m", "release", "v1")
     return root
 
 
