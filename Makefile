@@ -33,9 +33,10 @@ test-faults: setup ## break everything that can break, and print what held as a 
 	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
 		tests/parallel/test_resume.py $(ARGS)
 
-bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
+bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
+	@.venv/bin/python -m benchmarks.tensorboard_cost
 
 tensorboard: setup ## show every run under runs/ in a browser
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
