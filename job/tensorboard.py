@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
+from PIL import Image
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -126,7 +128,8 @@ class TensorBoard(Writer):
             ("confusion_matrix", pictures.confusion_matrix(confusion, CLASS_NAMES, title)),
             ("worst_mistakes", pictures.worst_mistakes(mistakes, images, CLASS_NAMES, f"step {step}: worst mistakes")),
         ):
-            self._writer.add_image(f"test/{name}", picture, step, dataformats="HWC")
+            image = Summary.Value(tag=f"test/{name}", image=_png(picture))
+            self._writer.file_writer.add_summary(Summary(value=[image]), step)
 
     def _add_histograms(self, learner: Learner, step: int) -> None:
         for place, parameter in learner.net._collect_params_with_prefix().items():
@@ -157,6 +160,15 @@ class TensorBoard(Writer):
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
         value = Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin))
         self._writer.file_writer.add_summary(Summary(value=[value]))
+
+
+def _png(picture: Image.Image) -> Summary.Image:
+    """Pressed less than ``add_image`` would press it, and in a third of the time."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", compress_level=1)
+    return Summary.Image(
+        height=picture.height, width=picture.width, colorspace=3, encoded_image_string=stream.getvalue()
+    )
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
