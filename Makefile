@@ -36,9 +36,10 @@ test-faults: setup ## break everything that can break, and print what held as a 
 doctor: ## is this machine fit? a table of checks, with what to do (ARGS="-np 8 key=value ...")
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python3 job/doctor.py $(ARGS)
 
-bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
+bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
+	@.venv/bin/python -m benchmarks.tensorboard_cost
 
 tensorboard: setup ## show every run under runs/ in a browser
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
