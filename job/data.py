@@ -103,12 +103,7 @@ def load(config: DataConfig, say: Say = print) -> Dataset:
     Raises:
         DataError: a file is damaged, or cannot be had or stored. The message names it and says what to do.
     """
-    if config.dir:
-        try:
-            os.stat(f"{config.dir}/.")
-        except OSError as error:
-            raise DataError(f"data.dir={config.dir}: not a folder that can be used: {error.strerror}") from error
-    digests = {file: _expected_sha256(config, file) for file in FILES}
+    digests = _expected_digests(config)
     paths = _ready(config, digests)
     if len(paths) < len(FILES):
         with _locked_cache(config, say) as scratch:
@@ -117,6 +112,24 @@ def load(config: DataConfig, say: Say = print) -> Dataset:
             paths.update(_fetch(config, missing, scratch, say))
     train_images, train_labels, test_images, test_labels = (_mapped(paths[file], file) for file in FILES)
     return Dataset(_paired(train_images, train_labels), _paired(test_images, test_labels))
+
+
+def locate(config: DataConfig) -> dict[IdxFile, Path]:
+    """The files that are on this machine and intact, and where. Those that :func:`load` would have to fetch are not.
+
+    Raises:
+        DataError: data.dir is no folder, or a file in it is damaged.
+    """
+    digests = _expected_digests(config)
+    paths = _ready(config, digests)
+    for file, digest in digests.items():
+        for folder in filter(None, (config.dir, download.PACKAGE_FOLDER)):
+            held = Folder(folder).path_of(file.name)
+            if file not in paths and held:
+                with contextlib.suppress(DataError):  # a damaged one is as good as none: load() looks elsewhere too
+                    _verify(held, file, digest)
+                    paths[file] = held
+    return paths
 
 
 def digests(config: DataConfig, dataset: Dataset) -> dict[str, str]:
@@ -144,6 +157,15 @@ def _paired(images: Mapped, labels: Mapped) -> Split:
 def _mapped(path: Path, file: IdxFile) -> Mapped:
     count = (path.stat().st_size - file.header_bytes) // math.prod(file.item_shape)
     return np.memmap(path, dtype=np.uint8, mode="r", offset=file.header_bytes, shape=(count, *file.item_shape))
+
+
+def _expected_digests(config: DataConfig) -> dict[IdxFile, str]:
+    if config.dir:
+        try:
+            os.stat(f"{config.dir}/.")
+        except OSError as error:
+            raise DataError(f"data.dir={config.dir}: not a folder that can be used: {error.strerror}") from error
+    return {file: _expected_sha256(config, file) for file in FILES}
 
 
 def _expected_sha256(config: DataConfig, file: IdxFile) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from job.cgroup import cpu_quota
+
 _LAUNCHERS = (
     ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -32,13 +34,19 @@ def placement() -> Placement:
     return Placement()
 
 
+def cores() -> int:
+    """How many cores this process may use: those that it may run on, or fewer if a container grants less time."""
+    allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
 def share_cores() -> None:
     """Give each rank of this node its part of the cores. To be called before MXNet and Horovod are imported.
 
     MXNet sizes its OpenMP pool when it is imported, by default for half of all logical cores in every process; ranks
     that each claim the same cores slow one another down. A value that the user has set stands.
     """
-    cores, ranks = len(os.sched_getaffinity(0)), placement().local_size
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    if ranks >= cores:  # over MPI a rank that waits would spin, on a core that another one needs
+    ranks = placement().local_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Is this machine fit for this run? ``make doctor``, ``python job/doctor.py [--json] [-np N] [arguments of train.py]``.
+
+Exit codes: 0 nothing failed; 1 something did; 2 bad configuration or usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+try:
+    import psutil  # noqa: F401
+    import pydantic  # noqa: F401
+    import rich  # noqa: F401
+    import yaml  # noqa: F401
+except ImportError as missing:
+    sys.exit(
+        f"error: {sys.executable} cannot import {missing.name}; `make setup` makes an environment, then `make doctor`"
+    )
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, Optional
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from job import checks, command, machine
+from job.checks import Check
+from job.config import DEFAULT_FILE, Config, load_config
+from job.errors import JobError, UsageError
+from job.placement import cores
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows the usage")
+
+
+def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[Check]]:
+    """The facts to compare hosts by, and all checks. Takes some seconds: MXNet and Horovod are imported elsewhere.
+
+    Args:
+        config: of the run that the machine is to be fit for.
+        ranks: on this machine; None for what launch/local.sh would start.
+    """
+    clocks = [(time.time(), time.monotonic())]
+    gpus = machine.Gpus() if config.run.device == "cpu" else machine.gpus()
+    ranks = ranks or len(gpus.cards) or 2
+    disk, data = machine.disk(config.run.dir), machine.data(config.data)
+    facts = machine.facts(disk, data)
+    packages, horovod = facts["packages"], machine.horovod()
+    found = [
+        checks.python(facts["python"], f"{platform.system()} {platform.machine()}"),
+        checks.numpy(packages),
+        checks.wheels(packages),
+        checks.mxnet(machine.mxnet()),
+        checks.horovod(horovod),
+        checks.mpirun(machine.mpirun()),
+        checks.horovodrun(
+            _resolved(shutil.which("horovodrun")), str(Path(sys.prefix).resolve() / "bin" / "horovodrun")
+        ),
+        checks.cores(ranks, cores()),
+        checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
+        checks.shared_memory(machine.disk(Path("/dev/shm"))),
+        checks.memory(machine.memory_bytes(), ranks),
+        checks.open_files(machine.open_files()),
+        checks.disk(disk, config),
+        checks.run_dir(machine.write_error(config.run.dir), config),
+        checks.data(data),
+        checks.hostname(facts["hostname"], machine.address_error(facts["hostname"])),
+        checks.network(facts["interfaces"]),
+        checks.gpu(gpus, checks.has_gpu_wheel(packages), config.run.device),
+    ]
+    if gpus.cards and found[-1].status == "ok":
+        found += [checks.gpu_per_rank(ranks, gpus), checks.driver(gpus), checks.gpu_computes(machine.mxnet_on_gpus())]
+        found += [] if horovod.error else [checks.nccl(horovod)]
+    clocks.append((time.time(), time.monotonic()))
+    found += [checks.clock(*zip(*clocks)), checks.environment(os.environ)]
+    return facts, found
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Parse, look, print.
+
+    Raises:
+        UsageError: the command line or the configuration is wrong.
+        JobError: a check failed.
+    """
+    parser = _Parser(prog="doctor.py", description="Say what is wrong with this machine for this run, and what to do.")
+    parser.add_argument("--json", action="store_true", help="print facts and checks as one JSON object")
+    parser.add_argument("-np", type=_positive, metavar="N", help="ranks on this machine (default: one a GPU, else 2)")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"as of train.py (default: configs/{DEFAULT_FILE.name})"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as of train.py")
+    options = parser.parse_intermixed_args(arguments)
+    facts, found = examine(load_config(options.config, options.overrides), options.np)
+    if options.json:
+        print(json.dumps({"facts": facts, "checks": [check._asdict() for check in found]}, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(found))
+    failed = [check.name for check in found if check.status == "fail"]
+    if failed:
+        raise JobError(f"not fit for this run: {', '.join(failed)}")
+
+
+def table(found: Sequence[Check]) -> Table:
+    """The checks, a row each, with the remedy under what was found."""
+    result = Table("check", "", "found", expand=False)
+    for check in found:
+        message = Text(check.message)
+        if check.remedy:
+            message.append(f"\n-> {check.remedy}", style=_STYLES[check.status])
+        result.add_row(check.name, Text(check.status, style=_STYLES[check.status]), message)
+    return result
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"takes a number of ranks, 1 or more, not {text!r}")
+    return int(text)
+
+
+def _resolved(path: Optional[str]) -> Optional[str]:
+    return path and os.path.realpath(path)
+
+
+if __name__ == "__main__":
+    command.run(main)
