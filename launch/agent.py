@@ -14,7 +14,7 @@ The first line is the plan, a JSON object:
 Each later line is a word: ``term`` and ``kill`` send that signal to the ranks, ``here`` is a sign of life. Silence, or
 the end of the input, means that the launcher is gone: the ranks are asked to stop, and killed after the grace.
 
-What the agent writes is one JSON object a line: ``{"rank", "stream", "text"}`` and ``{"rank", "code"}``, or ``{"error"}``
+What the agent writes is one JSON object a line: ``{"rank", "stream", "text"}``, ``{"rank", "code"}``, or ``{"error"}``
 if a rank cannot be started.
 
 It needs nothing but Python, so that it starts at once. Should it be killed itself, the ranks find their output unread

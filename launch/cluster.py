@@ -9,12 +9,15 @@ could not be preempted), makes 1 of every exit code, and opens a connection a ra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Optional
@@ -26,7 +29,7 @@ import yaml
 from rich.console import Console
 
 from job.errors import JobError, UsageError
-from launch import checks, hostfile
+from launch import host_checks, hostfile
 from launch.hostfile import Host
 from launch.ssh import Ssh
 from launch.supervise import SILENCE_SECONDS, Job, Site
@@ -36,6 +39,8 @@ COMMUNICATION: dict[str, str] = {}
 
 # What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
 _ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA|JOB)_\w+|LANG|LC_\w+|TZ")
+
+_RESOLVE_SECONDS = 5.0  # for all names together
 
 _DESCRIPTION = """Train on several machines, over ssh.
 
@@ -181,11 +186,12 @@ def sites(
 ) -> list[Site]:
     """What is started on each host, and what it is sent; ``network`` holds the variables that differ between hosts."""
     agent = [sys.executable, str(ROOT / "launch" / "agent.py")]
+    here = [*as_after_login(), *agent]
     passed = environment(options.forward, os.environ)
     return [
         Site(
             host,
-            agent if host in local else ssh.command(host, agent),
+            here if host in local else ssh.command(host, agent),
             {
                 "directory": os.getcwd(),
                 "command": [sys.executable, str(ROOT / "job" / "train.py"), *options.arguments],
@@ -197,6 +203,12 @@ def sites(
         )
         for host, ranks in placed.items()
     ]
+
+
+def as_after_login() -> list[str]:
+    """What makes a command here see as little of our environment as one that ssh starts elsewhere."""
+    names = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "TMPDIR")
+    return ["env", "-i", *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
 
 
 def _open(hosts: Iterable[Host]) -> bool:
@@ -229,7 +241,14 @@ def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -
 def own_hosts(hosts: Iterable[Host]) -> set[str]:
     """Those that are this machine, and need no ssh."""
     own = own_addresses()
-    return {host.name for host in hosts if (found := _address(host.name)) in own or found.startswith("127.")}
+    found: dict[str, str] = {}  # what is not known in time, because a name server is away, ssh has to find out
+    threads = [threading.Thread(target=_resolve, args=(host.name, found), daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + _RESOLVE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return {name for name, address in found.copy().items() if address in own or address.startswith("127.")}
 
 
 def own_addresses() -> set[str]:
@@ -239,11 +258,9 @@ def own_addresses() -> set[str]:
     return set(get_local_host_addresses())
 
 
-def _address(name: str) -> str:
-    try:
-        return socket.gethostbyname(name)
-    except OSError:  # ssh may know it by that name all the same
-        return ""
+def _resolve(name: str, found: dict[str, str]) -> None:
+    with contextlib.suppress(OSError, UnicodeError):  # ssh may know it by that name all the same
+        found[name] = socket.gethostbyname(name)
 
 
 def print_commands(of: Sequence[Site], forward: Iterable[str]) -> None:
@@ -265,7 +282,7 @@ def print_commands(of: Sequence[Site], forward: Iterable[str]) -> None:
 
 def check_hosts(
     options: argparse.Namespace, ssh: Ssh, hosts: Sequence[Host], local: set[str], config: Mapping[str, Any]
-) -> list[checks.Answer]:
+) -> list[host_checks.Answer]:
     """Ask the hosts that get ranks, and print what they say.
 
     Raises:
@@ -273,17 +290,22 @@ def check_hosts(
     """
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
     run_dir = Path(os.getcwd(), config["run"]["dir"])
-    question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
+    question = host_checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
+    scripts = {host.name: question.script(host.slots) for host in asked}
+    commands = {
+        host: [*as_after_login(), *script] if host in local else ssh.command(host, script, first_contact=True)
+        for host, script in scripts.items()
+    }
     with Console(stderr=True).status(f"asking {len(asked)} hosts"):
-        answers = checks.ask_all([host.name for host in asked], local, ssh, question, options.check_timeout)
-    checks.place(answers, local)
-    problems = checks.judge(answers, ROOT)
-    problems += checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
+        answers = host_checks.ask_all(commands, question, options.check_timeout)
+    host_checks.place(answers, local)
+    problems = host_checks.judge(answers, ROOT)
+    problems += host_checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
     gpus = {answer.host: answer.gpus for answer in answers}
     ranks = {host: len(variables) for host, variables in allocate(hosts, options.np, gpus).items()}
-    chosen = checks.interfaces(answers, options.network_interface)
+    chosen = host_checks.interfaces(answers, options.network_interface)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(checks.table(answers, ranks, chosen, problems))
+    console.print(host_checks.table(answers, ranks, chosen, problems))
     for problem in problems:
         if problem.warning:
             print(f"warning: {problem}", flush=True)
@@ -316,10 +338,10 @@ def start_rendezvous(placed: Mapping[str, list[dict[str, str]]]) -> int:
 
 
 def network_variables(
-    answers: Sequence[checks.Answer], options: argparse.Namespace, port: int
+    answers: Sequence[host_checks.Answer], options: argparse.Namespace, port: int
 ) -> dict[str, dict[str, str]]:
     """By host: how its ranks find the rendezvous server and one another. Interfaces may have a name on each host."""
-    chosen = checks.interfaces(answers, options.network_interface)
+    chosen = host_checks.interfaces(answers, options.network_interface)
     return {
         answer.host: {
             "HOROVOD_CONTROLLER": "gloo",

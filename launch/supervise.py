@@ -203,7 +203,8 @@ class Job:
     def _on_code(self, event: Event) -> None:
         self._codes[event.rank] = event.number
         if event.number:
-            killed = event.number < 0 and not self._killing
+            ended_from_here = self._killing or (self._sent and event.number == -signal.SIGTERM)
+            killed = event.number < 0 and not ended_from_here
             words = f"rank {event.rank} on {event.host} {_ending(event.number)}"
             self._blame(Cause(1 if killed else 0, event.number, words))
 

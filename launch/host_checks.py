@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Optional
 
 from rich.table import Table
 
-from launch.ssh import Ssh
-
 _CLOCK_WARNING_SECONDS = 5.0
 _NO_DIRECTORY, _NO_COMMAND = 90, (126, 127)
+
+_FACTS = {"commit", "python", "packages", "free_disk_bytes", "data", "interfaces", "clock_unix_seconds"}
 
 # What the doctor cannot know: by which addresses this host and the launcher see each other (sshd sets SSH_CONNECTION),
 # how many ranks it takes by default, and whether it holds checkpoints of this run.
@@ -65,9 +65,10 @@ class Question(NamedTuple):
     run_dir: Path
     arguments: Sequence[str]
 
-    def script(self) -> list[str]:
-        """The command to run on a host."""
-        doctor = [self.python, str(self.root / "job" / "doctor.py"), "--json", *self.arguments]
+    def script(self, ranks: Optional[int]) -> list[str]:
+        """The command to run on a host that is to have so many ranks; None for what the doctor expects by itself."""
+        expected = ["-np", str(ranks)] if ranks else []
+        doctor = [self.python, str(self.root / "job" / "doctor.py"), "--json", *expected, *self.arguments]
         text = _SCRIPT.format(
             directory=shlex.quote(str(self.directory)),
             no_directory=_NO_DIRECTORY,
@@ -92,13 +93,9 @@ class Answer:
     clock_ahead_seconds: float = 0.0  # at least; 0 if it may be right
 
 
-def ask_all(hosts: Iterable[str], local: set[str], ssh: Ssh, question: Question, timeout: float) -> list[Answer]:
-    """Ask all hosts at once, those in ``local`` without ssh. Takes ``timeout`` seconds at most, whatever they do."""
-    with ThreadPoolExecutor(max_workers=64) as pool:
-        commands = {
-            host: question.script() if host in local else ssh.command(host, question.script(), first_contact=True)
-            for host in hosts
-        }
+def ask_all(commands: Mapping[str, Sequence[str]], question: Question, timeout: float) -> list[Answer]:
+    """Ask all hosts at once, each by its command. Takes little more than ``timeout`` seconds, whatever they do."""
+    with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
         return list(pool.map(lambda item: ask(item[0], item[1], question, timeout), commands.items()))
 
 
@@ -163,8 +160,10 @@ def _understand(answer: Answer, output: str, errors: str, question: Question) ->
             answer.checkpoints = int(value or 0)
     try:
         said, _ = json.JSONDecoder().raw_decode(output[start:])
+        if missing := _FACTS - said["facts"].keys():
+            raise KeyError(*missing)
         answer.facts, answer.checks = said["facts"], said["checks"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         last = (errors or output).strip().splitlines()[-1:] or ["it said nothing"]
         answer.problem = Problem(
             answer.host,
