@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -367,6 +368,8 @@ def launch(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_commands(sites(options, ssh, local, placed, {}), options.forward)
         return 0
+    if not shutil.which("ssh") and {host.name for host in hosts} - local:
+        raise JobError("there is no ssh on PATH, by which hosts are reached: apt-get install openssh-client")
     answers = check_hosts(options, ssh, hosts, local, config)
     if options.check:
         return 0

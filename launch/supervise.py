@@ -19,6 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TERM_SECONDS = 5.0  # for ranks whose peer has died: they cannot finish their step, only say what they know
 BEAT_SECONDS = 10.0  # between signs of life to the agents; see SILENCE_SECONDS
 SILENCE_SECONDS = 60.0  # after which an agent takes the launcher for dead: a cut link closes no connection
+_ECHO_SECONDS = 1.0  # timeout(1) and process groups deliver one signal twice
 _KILL_SECONDS = 5.0  # for hosts to confirm that all is over
 
 
@@ -145,6 +146,7 @@ class Job:
         self._codes: dict[int, int] = {}
         self._causes: list[Cause] = []  # in the order in which they became known
         self._signal = 0
+        self._heard = 0.0  # when the signal came
         self._sent = ""  # the last word
         self._due: list[tuple[float, str]] = []  # when to send which word, should the job not be over by then
 
@@ -229,7 +231,10 @@ class Job:
             self._stop("term", (_TERM_SECONDS, "kill"), (_KILL_SECONDS, "abandon"))
 
     def _on_signal(self, event: Event) -> None:
-        again, self._signal = bool(self._signal), event.number
+        if self._signal and time.monotonic() < self._heard + _ECHO_SECONDS:
+            return
+        again = bool(self._signal or self._causes)
+        self._signal, self._heard = event.number, time.monotonic()
         if again:
             _say("asked again: ending all ranks at once")
             self._stop("kill", (_KILL_SECONDS, "abandon"))

@@ -104,7 +104,25 @@ def test_ranks_that_do_not_stop_in_time_are_killed() -> None:
     assert run(f"trap '' TERM; kill -TERM $LAUNCHER; {WAIT}", stop_seconds=0.3) == 143
 
 
-def test_the_second_signal_ends_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_signal_that_is_delivered_twice_is_one() -> None:
+    """As timeout(1) does: to the process, and to its group."""
+    asked = f"trap 'sleep 0.3; exit 75' TERM; kill -TERM $LAUNCHER; kill -TERM $LAUNCHER; {WAIT}"
+    assert run(asked) == 75
+
+
+def test_a_signal_while_the_others_are_ended_hurries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 100.0)  # longer than the test may take
+    asked = f"trap 'kill -TERM $LAUNCHER' TERM; touch {tmp_path}/ready; {WAIT}"
+    assert run(f"until [ -e {tmp_path}/ready ]; do sleep 0.02; done; exit 1", asked, stop_seconds=100) == 143
+    assert "ending all ranks at once" in capsys.readouterr().err
+
+
+def test_the_second_signal_ends_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervise, "_ECHO_SECONDS", 0.0)
     twice = f"trap 'kill -TERM $LAUNCHER' TERM; kill -TERM $LAUNCHER; {WAIT}"
     assert run(twice, stop_seconds=100) == 143
     assert "ending all ranks at once" in capsys.readouterr().err
