@@ -22,11 +22,15 @@ WHEEL_CODE = ((5, 0), (6, 0), (7, 0), (8, 0), (8, 6))
 # driver of the compiler's own version. MXNet does that when it fuses operators, with NVRTC 11.8 in our lock.
 DRIVER_FOR_CUDA_11, DRIVER_FOR_NVRTC = "450.80.02", "520.61.05"
 
-# More than the largest checkpoint: weights and Adam's two moments in float64. tests/unit/test_checks.py measures it.
-CHECKPOINT_BYTES = 16 * MIB
+# Less than the smallest checkpoint (weights in float32), more than the largest (and Adam's two moments, in float64).
+CHECKPOINT_BYTES = (MIB // 2, 16 * MIB)  # tests/unit/test_checks.py counts them
 RECORDS_BYTES = 64 * MIB  # metrics, TensorBoard
-RANK_MEMORY_BYTES = GIB
-SHARED_MEMORY_BYTES = 256 * MIB
+RANK_MEMORY_BYTES = GIB  # 0.6 GiB were seen, in float64 with a batch of 128
+MPI_SHARED_BYTES = 5 * MIB  # a rank; Open MPI asks for 4 MiB, and warns if it does not get them
+NCCL_SHARED_BYTES = 256 * MIB  # not measured
+
+
+RENEW = "`make setup`; if that finds nothing to do: rm -rf .venv && make setup"
 
 
 class Check(NamedTuple):
@@ -58,9 +62,9 @@ def numpy(packages: Mapping[str, str]) -> Check:
     """Numpy 1.24 removed a name that MXNet 1.9.1 uses when it is imported."""
     version = packages.get("numpy")
     if version is None:
-        return Check("numpy", "fail", "not installed", "`make setup`")
+        return Check("numpy", "fail", "not installed", RENEW)
     if _numbers(version) >= (1, 24):
-        remedy = "`make setup` installs the locked version, or: pip install 'numpy<1.24'"
+        remedy = ".venv/bin/pip install numpy==1.23.5"
         return Check("numpy", "fail", f"numpy {version}; MXNet 1.9.1 cannot be imported with 1.24 or newer", remedy)
     return Check("numpy", "ok", f"numpy {version}, below 1.24 as MXNet 1.9.1 needs it")
 
@@ -71,9 +75,9 @@ def wheels(packages: Mapping[str, str]) -> Check:
     if len(found) > 1:
         return Check("wheel", "fail", f"{' and '.join(found)} overwrite each other", "rm -rf .venv && make setup")
     if not found:
-        return Check("wheel", "fail", "no wheel of MXNet is installed", "`make setup`")
+        return Check("wheel", "fail", "no wheel of MXNet is installed", RENEW)
     if not found[0].endswith(" 1.9.1"):
-        return Check("wheel", "fail", f"{found[0]}; this job is for 1.9.1", "`make setup`")
+        return Check("wheel", "fail", f"{found[0]}; this job is for 1.9.1", RENEW)
     return Check("wheel", "ok", f"{found[0]}, for {'GPUs' if has_gpu_wheel(packages) else 'the CPU'}")
 
 
@@ -86,7 +90,7 @@ def mxnet(answer: Answer) -> Check:
     """``answer`` as of :func:`job.machine.mxnet`."""
     if answer.error:
         driver = "libcuda.so" in answer.error
-        remedy = "install the NVIDIA driver, or the CPU build: rm -rf .venv && make setup" if driver else "`make setup`"
+        remedy = "install the NVIDIA driver, or the CPU build: rm -rf .venv && make setup" if driver else RENEW
         return Check("mxnet", "fail", f"cannot be imported and used: {answer.error}", remedy)
     found = json.loads(answer.text)
     if found["sum"] != 8:
@@ -157,14 +161,15 @@ def threads(setting: str | None, ranks: int, available: int) -> Check:
     return Check("threads", "ok", message)
 
 
-def shared_memory(shm: Disk) -> Check:
-    """NCCL and MPI pass data between the ranks of a machine through /dev/shm."""
+def shared_memory(shm: Disk, ranks: int, on_gpus: bool) -> Check:
+    """MPI and NCCL pass data between the ranks of a machine through /dev/shm, of which Docker grants 64 MB."""
+    least = max(ranks * MPI_SHARED_BYTES, NCCL_SHARED_BYTES if on_gpus else 0)
     remedy = "docker run --shm-size=1g; in Kubernetes an emptyDir of medium Memory at /dev/shm"
     if shm.error:
         return Check("shared memory", "warn", f"/dev/shm: {shm.error}", remedy)
-    message = f"/dev/shm has {_size(shm.free_bytes)} free"
-    if shm.free_bytes < SHARED_MEMORY_BYTES:
-        return Check("shared memory", "warn", f"{message}, less than {_size(SHARED_MEMORY_BYTES)}", remedy)
+    message = f"/dev/shm: {_size(shm.free_bytes)} free"
+    if shm.free_bytes < least:
+        return Check("shared memory", "warn", f"{message}, and {_count(ranks, 'rank')} may need {_size(least)}", remedy)
     return Check("shared memory", "ok", message)
 
 
@@ -173,30 +178,31 @@ def memory(available_bytes: int, ranks: int) -> Check:
     message = f"{_size(available_bytes)} for {_count(ranks, 'rank')}"
     if available_bytes < ranks * RANK_MEMORY_BYTES:
         remedy = "the kernel may kill a rank; start fewer, or raise the container's memory limit"
-        return Check("memory", "warn", f"{message}, each of which takes up to {_size(RANK_MEMORY_BYTES)}", remedy)
+        return Check("memory", "warn", f"{message}, each of which may take {_size(RANK_MEMORY_BYTES)}", remedy)
     return Check("memory", "ok", message)
 
 
 def open_files(limit: int) -> Check:
-    """A rank holds a socket to every other rank, and some files."""
+    """A rank holds a socket to every other rank, and some files. ``limit`` is -1 if there is none."""
+    message = f"a process may open {limit if limit >= 0 else 'any number of'} files and sockets"
     if 0 <= limit < 1024:
-        return Check("open files", "warn", f"a process may open {limit} files and sockets", "ulimit -n 4096")
-    return Check("open files", "ok", f"a process may open {limit} files and sockets")
+        return Check("open files", "warn", message, "ulimit -n 4096")
+    return Check("open files", "ok", message)
 
 
 def disk(disk: Disk, config: Config) -> Check:
     """Room for the checkpoints that are kept, the best, and the one that is being written."""
-    folder, needed = config.run.dir, (config.checkpoint.keep + 2) * CHECKPOINT_BYTES + RECORDS_BYTES
+    folder, most = config.run.dir, (config.checkpoint.keep + 2) * CHECKPOINT_BYTES[1] + RECORDS_BYTES
     remedy = "free some, or give another run.dir"
     if disk.error:
         return Check("disk", "fail", f"run.dir={folder}: {disk.error}", "give another run.dir")
-    if disk.free_inodes is not None and disk.free_inodes < 1000:
+    if disk.free_inodes is not None and disk.free_inodes < 100:
         return Check("disk", "fail", f"run.dir={folder}: only {disk.free_inodes} more files fit on its disk", remedy)
     message = f"run.dir={folder}: {_size(disk.free_bytes)} free"
-    if disk.free_bytes < needed:
-        return Check("disk", "fail", f"{message}, the run needs up to {_size(needed)}", remedy)
-    if disk.free_bytes < needed + GIB:
-        return Check("disk", "warn", f"{message}, the run needs up to {_size(needed)} of it", remedy)
+    if disk.free_bytes < CHECKPOINT_BYTES[0]:
+        return Check("disk", "fail", f"{message}, not enough for one checkpoint", remedy)
+    if disk.free_bytes < most:
+        return Check("disk", "warn", f"{message}, and the run may need {_size(most)}", remedy)
     return Check("disk", "ok", message)
 
 
@@ -211,7 +217,8 @@ def run_dir(error: str, config: Config) -> Check:
 def data(found: Data) -> Check:
     """Where the data set is."""
     if found.error:
-        return Check("data", "fail", found.error, "mend data.dir, or leave it out: the data is then fetched")
+        remedy = "mend data.dir, or leave it out: the data is then fetched"
+        return Check("data", "fail", found.error, RENEW if "No module" in found.error else remedy)
     if found.missing:
         message = f"not on this machine: {', '.join(found.missing)}"
         return Check("data", "warn", message, "the first run fetches it over the network; `make setup` does so now")
@@ -268,7 +275,7 @@ def gpu(gpus: Gpus, gpu_wheel: bool, device: str) -> Check:
             return Check("gpu", "fail", "run.device=gpu, and nvidia-smi shows none", remedy)
         if gpu_wheel:
             return Check(
-                "gpu", "warn", "none, though MXNet is built for GPUs", "mend the driver; else it is the CPU's turn"
+                "gpu", "warn", "none, though MXNet is built for GPUs", "mend the driver, or say run.device=cpu"
             )
         return Check("gpu", "ok", "none; training on the CPU")
     shown = ", ".join(dict.fromkeys(f"{name} ({_capability(capability)})" for name, capability, _ in gpus.cards))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Optional
 
 from pydantic_core import PydanticUndefined
 
-from job import resume, run_dir
+from job import preflight, resume, run_dir
 from job.config import DEFAULT_FILE, Config, fields, load_config
 from job.errors import UsageError
 from job.placement import placement
@@ -36,7 +36,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     ``--help`` and ``--check`` end the process with exit code 0.
 
     Raises:
-        UsageError: the command line, the configuration, or the run directory is not usable.
+        UsageError: the command line, the configuration, the run directory or the device is not usable.
+        JobError: there is no room for the run.
     """
     parser = _Parser(
         prog="train.py",
@@ -56,9 +57,12 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     if placement().rank == 0:
         run_dir.check(config)
         resume.check(config, placement().size)
-    if options.check:
+    warnings = preflight.check(config) if placement().local_rank == 0 else []
+    if options.check:  # silent about warnings: the run that is to follow tells them
         print(config.to_yaml(), end="")
         sys.exit(0)
+    if placement().rank == 0:
+        preflight.tell(warnings)
     return config
 
 

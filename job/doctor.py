@@ -62,6 +62,8 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
     disk, data = machine.disk(config.run.dir), machine.data(config.data)
     facts = machine.facts(disk, data)
     packages, horovod = facts["packages"], machine.horovod()
+    gpu = checks.gpu(gpus, checks.has_gpu_wheel(packages), config.run.device)
+    on_gpus = bool(gpus.cards) and gpu.status == "ok"
     found = [
         checks.python(facts["python"], f"{platform.system()} {platform.machine()}"),
         checks.numpy(packages),
@@ -74,7 +76,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         ),
         checks.cores(ranks, cores()),
         checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
-        checks.shared_memory(machine.disk(Path("/dev/shm"))),
+        checks.shared_memory(machine.disk(Path("/dev/shm")), ranks, on_gpus),
         checks.memory(machine.memory_bytes(), ranks),
         checks.open_files(machine.open_files()),
         checks.disk(disk, config),
@@ -82,9 +84,9 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         checks.data(data),
         checks.hostname(facts["hostname"], machine.address_error(facts["hostname"])),
         checks.network(facts["interfaces"]),
-        checks.gpu(gpus, checks.has_gpu_wheel(packages), config.run.device),
+        gpu,
     ]
-    if gpus.cards and found[-1].status == "ok":
+    if on_gpus:
         found += [checks.gpu_per_rank(ranks, gpus), checks.driver(gpus), checks.gpu_computes(machine.mxnet_on_gpus())]
         found += [] if horovod.error else [checks.nccl(horovod)]
     clocks.append((time.time(), time.monotonic()))

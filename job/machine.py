@@ -42,6 +42,8 @@ SECONDS = 10.0  # the longest wait for a disk, a name server, git
 PROBE_SECONDS = 120.0  # for an import: the first one after a boot reads some 100 MB from a disk that may be far away
 GPU_SECONDS = 30.0  # nvidia-smi wakes a sleeping driver, which takes seconds; a wedged one never answers
 
+_MARK = "answer: "
+
 
 class Answer(NamedTuple):
     """What a program said, or else why it said nothing."""
@@ -167,6 +169,8 @@ def gpus(environment: Mapping[str, str] = os.environ) -> Gpus:
     if answer.error:
         return Gpus(error=answer.error)
     rows = [[field.strip() for field in line.split(",")] for line in answer.text.splitlines() if line.strip()]
+    if any(len(row) < 4 for row in rows):
+        return Gpus(error=answer.text.strip().splitlines()[0])
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     return Gpus(tuple(_gpu(row) for row in rows if _visible(row[0], row[1], wanted)))
 
@@ -284,12 +288,15 @@ def _probe(code: str) -> Answer:
     """Run ``code``, which sets ``answer``, in a Python of its own. The answer as JSON, or the first line of why not."""
     lines = "".join(f"    {line}\n" for line in code.splitlines())
     catch = "except Exception as error:\n    answer = {'error': f'{type(error).__name__}: {error}'.splitlines()[0]}\n"
-    program = f"import json\ntry:\n{lines}{catch}print()\nprint(json.dumps(answer))"
-    answer = ask([sys.executable, "-c", program], PROBE_SECONDS)
-    if answer.error:
-        return answer
-    last = answer.text.strip().splitlines()[-1]  # what is imported may print before
-    return Answer(last, json.loads(last).get("error", ""))
+    program = f"import json\ntry:\n{lines}{catch}print('\\n{_MARK}' + json.dumps(answer))"
+    said = ask([sys.executable, "-c", program], PROBE_SECONDS)
+    if said.error:
+        return said
+    # What is imported may print too, before and, when it is unloaded, after.
+    marked = [line[len(_MARK) :] for line in said.text.splitlines() if line.startswith(_MARK)]
+    if not marked:
+        return Answer("", "its import ended the process")
+    return Answer(marked[0], json.loads(marked[0]).get("error", ""))
 
 
 def _nvidia_smi(fields: Sequence[str]) -> Answer:

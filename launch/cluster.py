@@ -221,11 +221,12 @@ def _open(hosts: Iterable[Host]) -> bool:
 
 
 def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -> dict[str, Any]:
-    """The configuration as train.py resolves it. Where rank 0 is on another machine, its folder is looked at there.
+    """The configuration as train.py resolves it. Folder and GPU are looked at here only if rank 0 is to run here.
 
     A configuration that is not usable ends this process, with the message and the exit code of train.py.
     """
-    announced = {"HOROVOD_SIZE": str(ranks), "HOROVOD_RANK": "0" if first_is_local else "1"}
+    rank = "0" if first_is_local else "1"
+    announced = {"HOROVOD_SIZE": str(ranks), "HOROVOD_RANK": rank, "HOROVOD_LOCAL_RANK": rank}
     done = subprocess.run(
         [sys.executable, str(ROOT / "job" / "train.py"), "--check", *arguments],
         env={**os.environ, **announced},

@@ -155,6 +155,12 @@ def test_a_dry_run_prints_every_command_contacts_nobody_and_hides_what_is_forwar
     assert not (tmp_path / "a b").exists()
 
 
+def test_the_launcher_needs_no_gpu_for_ranks_that_have_one_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("198.51.100.1\n")
+    done = script("--dry-run", "hosts", "run.device=gpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("hosts", "arguments", "message"),
     [

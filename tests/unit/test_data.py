@@ -136,6 +136,30 @@ def test_the_arrays_are_the_files_bytes_mapped_read_only(tmp_path: Path) -> None
             array[0] = 1
 
 
+def test_locating_finds_what_is_here_and_fetches_nothing(tmp_path: Path, mirror: MirrorServer) -> None:
+    with_mirror = config(tmp_path, mirrors=[mirror.url])
+    assert data.locate(with_mirror) == {}
+    assert mirror.requests == [] and cached(tmp_path) == []
+    data.load(with_mirror, lambda line: None)
+    assert sorted(path.read_bytes() for path in data.locate(with_mirror).values()) == sorted(CONTENT.values())
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("place", ["mine", "package"])
+def test_locating_looks_into_data_dir_and_the_package(tmp_path: Path, place: str, compressed: bool) -> None:
+    folder = fill(tmp_path / place, compressed=compressed)
+    found = data.locate(config(tmp_path, dir=folder if place == "mine" else None))
+    assert {path.parent for path in found.values()} == {folder} and len(found) == 4
+
+
+def test_a_damaged_file_of_the_package_is_not_located_and_one_of_data_dir_is_an_error(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "package", compressed=False)
+    (folder / data.FILES[1].name).write_bytes(b"damaged")
+    assert [file for file in data.FILES if file not in data.locate(config(tmp_path))] == [data.FILES[1]]
+    with pytest.raises(DataError, match=data.FILES[1].name):
+        data.locate(config(tmp_path, dir=folder))
+
+
 SOURCES = ("data.dir", "package folder", "first mirror", "second mirror", "apt")
 
 

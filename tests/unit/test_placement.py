@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from job.placement import Placement, placement, share_cores
+from job import placement as placement_module
+from job.placement import Placement, cores, placement, share_cores
 
 HOROVODRUN = {"HOROVOD_RANK": 5, "HOROVOD_SIZE": 8, "HOROVOD_LOCAL_RANK": 1, "HOROVOD_LOCAL_SIZE": 4}
 MPIRUN = {
@@ -28,8 +29,9 @@ def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, int]) -> None
         monkeypatch.setenv(name, str(value))
 
 
-def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None = None) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(placement_module, "cpu_quota", lambda: quota)
     monkeypatch.setenv("OMP_NUM_THREADS", "to be restored")
     monkeypatch.delenv("OMP_NUM_THREADS")
 
@@ -65,6 +67,16 @@ def test_a_process_alone_takes_all_cores_that_it_may_use(monkeypatch: pytest.Mon
     with_cores(monkeypatch, 6)
     share_cores()
     assert os.environ["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.mark.parametrize(("quota", "usable"), [(None, 64), (8.0, 8), (2.5, 2), (0.5, 1), (128.0, 64)])
+def test_a_containers_share_of_the_cores_counts_not_those_of_its_host(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, usable: int
+) -> None:
+    with_cores(monkeypatch, 64, quota)
+    assert cores() == usable
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == str(usable)
 
 
 def test_the_users_own_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
