@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import yaml
+from horovod.runner.common.util.hosts import HostInfo, SlotInfo, get_host_assignments
+from horovod.runner.gloo_run import create_slot_env_vars
+from horovod.runner.http.http_server import RendezvousServer
+from horovod.runner.util.network import get_local_host_addresses
 from rich.console import Console
 
 from job.errors import JobError, UsageError
@@ -39,7 +43,7 @@ from launch.supervise import SILENCE_SECONDS, Job, Site
 COMMUNICATION: dict[str, str] = {}
 
 # What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
-_ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA|JOB)_\w+|LANG|LC_\w+|TZ")
+_ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA)_\w+|LANG|LC_\w+|TZ")
 
 _RESOLVE_SECONDS = 5.0  # for all names together
 
@@ -58,7 +62,7 @@ them, or holds another commit or other packages, is named before any rank starts
 ssh settings say; `ssh HOST true` must work without a question.
 
 Ranks get these variables of your environment and no others: HOROVOD_*, MXNET_*, NCCL_*, GLOO_*, OMP_*, KMP_*,
-OMPI_MCA_*, JOB_*, LANG, LC_*, TZ. They and those of -x travel inside the ssh connection, on no command line.
+OMPI_MCA_*, LANG, LC_*, TZ. They and those of -x travel inside the ssh connection, on no command line.
 
 A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
 hold run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint; the
@@ -113,17 +117,18 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add(
         "--network-interface",
         type=_names,
-        default=[],
+        default=_names(os.environ.get("HOROVOD_GLOO_IFACE", "")),
         metavar="NAME,...",
-        help="interface for the ranks, the first of these that a host has (default: the one that ssh comes in by)",
+        help="interface for the ranks, the first of these that a host has (default: HOROVOD_GLOO_IFACE, or the one that"
+        " ssh comes in by)",
     )
     add("--launcher-address", metavar="ADDRESS", help="address of this machine, where the hosts see it by another one")
     add(
         "--check-timeout",
         type=_positive,
-        default=60,
+        default=150,
         metavar="S",
-        help="seconds for the checks of a host (default: 60)",
+        help="seconds for the checks of a host (default: 150)",
     )
     add(
         "--stop-timeout",
@@ -157,24 +162,21 @@ def environment(forward: Iterable[str], variables: Mapping[str, str]) -> dict[st
     return {**COMMUNICATION, **passed}
 
 
-def allocate(hosts: Sequence[Host], ranks: Optional[int], gpus: Mapping[str, int]) -> dict[str, list[dict[str, str]]]:
-    """The Horovod variables of each rank, by host; hosts that ``ranks`` leaves without one are not in it.
+def allocate(hosts: Sequence[Host], ranks: Optional[int], gpus: Mapping[str, int]) -> dict[str, list[SlotInfo]]:
+    """Horovod's placement of each rank, by host; hosts that ``ranks`` leaves without one are not in it.
 
     Raises:
         UsageError: the hosts have not slots enough.
     """
-    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
-    from horovod.runner.gloo_run import create_slot_env_vars
-
     infos = [HostInfo(host.name, host.slots or gpus.get(host.name) or 1) for host in hosts]
     slots = sum(info.slots for info in infos)
     if ranks and ranks > slots:
         raise UsageError(
             f"-np {ranks}: the hosts have {slots} slots; raise slots=N in the hostfile, or start fewer ranks"
         )
-    placed: dict[str, list[dict[str, str]]] = {}
+    placed: dict[str, list[SlotInfo]] = {}
     for slot in get_host_assignments(infos, ranks or slots, ranks or slots):
-        placed.setdefault(slot.hostname, []).append(create_slot_env_vars(slot))
+        placed.setdefault(slot.hostname, []).append(slot)
     return placed
 
 
@@ -182,7 +184,7 @@ def sites(
     options: argparse.Namespace,
     ssh: Ssh,
     local: set[str],
-    placed: Mapping[str, list[dict[str, str]]],
+    placed: Mapping[str, list[SlotInfo]],
     network: Mapping[str, Mapping[str, str]],
 ) -> list[Site]:
     """What is started on each host, and what it is sent; ``network`` holds the variables that differ between hosts."""
@@ -197,12 +199,12 @@ def sites(
                 "directory": os.getcwd(),
                 "command": [sys.executable, str(ROOT / "job" / "train.py"), *options.arguments],
                 "environment": {**passed, **network.get(host, {})},
-                "ranks": ranks,
+                "ranks": [create_slot_env_vars(slot) for slot in slots],
                 "silence_seconds": SILENCE_SECONDS,
                 "grace_seconds": options.stop_timeout,
             },
         )
-        for host, ranks in placed.items()
+        for host, slots in placed.items()
     ]
 
 
@@ -255,8 +257,6 @@ def own_hosts(hosts: Iterable[Host]) -> set[str]:
 
 def own_addresses() -> set[str]:
     """All IPv4 addresses of this machine."""
-    from horovod.runner.util.network import get_local_host_addresses
-
     return set(get_local_host_addresses())
 
 
@@ -317,25 +317,11 @@ def check_hosts(
     return answers
 
 
-def start_rendezvous(placed: Mapping[str, list[dict[str, str]]]) -> int:
+def start_rendezvous(placed: Mapping[str, list[SlotInfo]]) -> int:
     """Start the server by which the ranks find one another. Returns its port."""
-    from horovod.runner.common.util.hosts import SlotInfo
-    from horovod.runner.http.http_server import RendezvousServer
-
-    names = ("HOSTNAME", "RANK", "LOCAL_RANK", "CROSS_RANK", "SIZE", "LOCAL_SIZE", "CROSS_SIZE")
-    slots = [
-        SlotInfo(
-            *(
-                variables[f"HOROVOD_{name}"] if name == "HOSTNAME" else int(variables[f"HOROVOD_{name}"])
-                for name in names
-            )
-        )
-        for ranks in placed.values()
-        for variables in ranks
-    ]
     server = RendezvousServer()
     port: int = server.start()
-    server.init(slots)
+    server.init([slot for slots in placed.values() for slot in slots])
     return port
 
 

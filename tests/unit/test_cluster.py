@@ -29,7 +29,7 @@ def test_only_what_is_allowed_or_named_is_forwarded() -> None:
     variables = {
         "HOROVOD_CYCLE_TIME": "1", "MXNET_CPU_WORKER_NTHREADS": "1", "NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "2",
         "LANG": "C.UTF-8", "LC_ALL": "C", "AWS_SECRET_ACCESS_KEY": "x", "PATH": "/bin", "HOME": "/root",
-        "_HOROVOD_SECRET_KEY": "x", "LANGUAGE_MODEL_KEY": "x", "MY_HOROVOD_KEY": "x", "TOKEN": "x", "OTHER": "x",
+        "_HOROVOD_SECRET_KEY": "x", "LANGUAGE_MODEL_KEY": "x", "MY_HOROVOD_KEY": "x", "TOKEN": "x", "JOB_TOKEN": "x",
     }  # fmt: skip
     assert set(cluster.environment(["TOKEN"], variables)) - set(cluster.COMMUNICATION) == {
         "HOROVOD_CYCLE_TIME", "MXNET_CPU_WORKER_NTHREADS", "NCCL_DEBUG", "OMP_NUM_THREADS", "LANG", "LC_ALL", "TOKEN",
@@ -46,14 +46,9 @@ def test_what_the_user_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_are_counted_through_the_hosts_in_their_order() -> None:
     placed = cluster.allocate([Host("a", 2), Host("b", 1)], None, {})
-    ranks = [
-        (host, v["HOROVOD_RANK"], v["HOROVOD_LOCAL_RANK"], v["HOROVOD_CROSS_RANK"])
-        for host in placed
-        for v in placed[host]
-    ]
-    assert ranks == [("a", "0", "0", "0"), ("a", "1", "1", "0"), ("b", "2", "0", "1")]
-    assert {v["HOROVOD_SIZE"] for variables in placed.values() for v in variables} == {"3"}
-    assert [v["HOROVOD_LOCAL_SIZE"] for variables in placed.values() for v in variables] == ["2", "2", "1"]
+    ranks = [(host, slot.rank, slot.local_rank, slot.cross_rank) for host, slots in placed.items() for slot in slots]
+    assert ranks == [("a", 0, 0, 0), ("a", 1, 1, 0), ("b", 2, 0, 1)]
+    assert [(slot.size, slot.local_size) for slots in placed.values() for slot in slots] == [(3, 2), (3, 2), (3, 1)]
 
 
 def test_a_host_without_slots_takes_a_rank_a_gpu_or_one() -> None:
