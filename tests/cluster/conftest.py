@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -241,13 +242,15 @@ class Launched:
         os.kill(launcher, number)
 
     def finish(self, seconds: float = PATIENCE) -> Ended:
-        try:
-            rest, _ = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
-            rest, _ = self.process.communicate(timeout=30)
-            pytest.fail(f"still running after {seconds:g} s:\n{''.join(self.read)}{rest}")
-        return Ended(self.process.returncode, "".join(self.read) + rest)
+        assert self.process.stdout is not None
+        late = threading.Timer(seconds, self.signal, [signal.SIGKILL])
+        late.start()
+        self.read.append(self.process.stdout.read())
+        code = self.process.wait()
+        if not late.is_alive():
+            pytest.fail(f"still running after {seconds:g} s:\n{''.join(self.read)}")
+        late.cancel()
+        return Ended(code, "".join(self.read))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:

@@ -151,7 +151,7 @@ def test_a_host_that_dies_ends_the_job_and_is_named(cluster: Cluster, the_others
     ended = job.finish()
     assert ended.code == 1
     assert "host3 (rank 1) was lost" in last_line(ended)
-    cluster.assert_nothing_left(but_on="host3")
+    cluster.assert_nothing_left("host3")
 
 
 def test_a_rank_that_dies_ends_the_job_and_is_named(cluster: Cluster, all_three: str, arguments: list[str]) -> None:

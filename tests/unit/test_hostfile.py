@@ -40,6 +40,7 @@ def test_every_form_is_read(text: str, hosts: list[Host]) -> None:
         ("a:1.5\n", "hosts:1: '1.5' is no number"),
         ("a slots=\n", "hosts:1: cannot read"),
         ("-oProxyCommand=x\n", "hosts:1: cannot read '-oProxyCommand=x'"),
+        ("-l\n", "hosts:1: cannot read '-l'"),
         ("a;reboot\n", "hosts:1: cannot read"),
         ("fe80::1\n", "hosts:1: 'fe80::1' looks like IPv6"),
         ("[fe80::1]:2\n", "looks like IPv6"),

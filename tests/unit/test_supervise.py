@@ -74,7 +74,8 @@ def test_a_lost_host_is_blamed_before_its_peers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(supervise, "_TERM_SECONDS", 10.0)
-    lost = ["bash", "-c", "sleep 0.2; echo the link is cut >&2; exit 255"]
+    when_the_others_are_ended = 'until [ "$word" = term ]; do read -r word; done'
+    lost = ["bash", "-c", f"{when_the_others_are_ended}; echo the link is cut >&2; exit 255"]
     assert run("exit 1", WAIT, agents=[AGENT, lost]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "launch/cluster.sh: host1 (rank 1) was lost: the link is cut"
@@ -104,10 +105,10 @@ def test_ranks_that_do_not_stop_in_time_are_killed() -> None:
     assert run(f"trap '' TERM; kill -TERM $LAUNCHER; {WAIT}", stop_seconds=0.3) == 143
 
 
-def test_one_signal_that_is_delivered_twice_is_one() -> None:
+def test_one_signal_that_is_delivered_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As timeout(1) does: to the process, and to its group."""
-    asked = f"trap 'sleep 0.3; exit 75' TERM; kill -TERM $LAUNCHER; kill -TERM $LAUNCHER; {WAIT}"
-    assert run(asked) == 75
+    monkeypatch.setattr(supervise, "_ECHO_SECONDS", 60.0)
+    assert run(f"trap 'kill -TERM $LAUNCHER; sleep 0.5; exit 75' TERM; kill -TERM $LAUNCHER; {WAIT}") == 75
 
 
 def test_a_signal_while_the_others_are_ended_hurries(
