@@ -25,7 +25,7 @@ from tests import synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.213.7"
-PATIENCE = 120.0  # seconds for a run of 30 s; a failing test waits so long, a passing one does not
+PATIENCE = 240.0  # seconds for a run of 30 s; a failing test waits so long, a passing one does not
 TOOLS = ("ip", "nsenter", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 INTERFACES = {"host1": "eth0", "host2": "eth0", "host3": "ens7"}  # the name may differ between hosts
 

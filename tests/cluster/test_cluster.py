@@ -14,10 +14,10 @@ import pytest
 
 from tests.cluster.conftest import ROOT, Cluster, Ended, Host, cmdline, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RECIPE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "optimizer.learning_rate=0.05", "checkpoint.every_steps=5"]
-LONG = ["train.epochs=1000", "train.max_steps=null", "run.step_timeout_seconds=15"]
+LONG = ["train.epochs=1000", "train.max_steps=null", "run.step_timeout_seconds=30"]
 SECRET, TOKEN = "secret-4711-secret", "token-0815-token"
 
 
