@@ -11,7 +11,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults doctor bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults test-cluster doctor bench tensorboard lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test-faults: setup ## break everything that can break, and print what held as a 
 
 doctor: ## is this machine fit? a table of checks, with what to do (ARGS="-np 8 key=value ...")
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python3 job/doctor.py $(ARGS)
+
+test-cluster: setup ## several hosts as network namespaces with sshd on this machine: they train, and what dies ends all
+	@.venv/bin/python -m pytest -v tests/cluster $(ARGS)
 
 bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time

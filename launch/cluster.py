@@ -1,0 +1,383 @@
+"""Several machines over ssh; ``launch/cluster.sh --help`` tells how.
+
+Horovod's rendezvous server and its allocation of ranks are used as ``horovodrun`` uses them, but the ranks are started
+by an agent on each host (launch/agent.py), because ``horovodrun`` puts the environment on the remote command line where
+everybody can read it, switches the checking of host keys off, cannot pass a signal on to a remote rank (so a remote job
+could not be preempted), makes 1 of every exit code, and opens a connection a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import yaml
+from horovod.runner.common.util.hosts import HostInfo, SlotInfo, get_host_assignments
+from horovod.runner.gloo_run import create_slot_env_vars
+from horovod.runner.http.http_server import RendezvousServer
+from horovod.runner.util.network import get_local_host_addresses
+from rich.console import Console
+
+from job.errors import JobError, UsageError
+from launch import host_checks, hostfile
+from launch.hostfile import Host
+from launch.ssh import Ssh
+from launch.supervise import SILENCE_SECONDS, Job, Site
+
+# What measurement chose for the communication between ranks. A variable that the user has set stands.
+COMMUNICATION: dict[str, str] = {}
+
+# What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
+_ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA)_\w+|LANG|LC_\w+|TZ")
+
+_RESOLVE_SECONDS = 5.0  # for all names together
+
+_DESCRIPTION = """Train on several machines, over ssh.
+
+  launch/cluster.sh hosts                                          the default run on all hosts
+  launch/cluster.sh hosts --config configs/smoke.yaml run.dir=/shared/runs/first
+  launch/cluster.sh -p 2222 -np 8 hosts train.epochs=10            eight ranks, the first hosts filled first
+
+HOSTFILE names a host a line, `host`, `host slots=N` or `host:N`, where N is its number of ranks; without it a host
+takes one rank a GPU, or one if it has none. `#` begins a comment. Rank 0, which alone reads and writes run.dir, runs on
+the first host: keep run.dir on a file system that all hosts share, or keep the first host.
+"""
+_EPILOG = """Every host needs this checkout and its .venv by the same path, and the working directory; a host that lacks
+them, or holds another commit or other packages, is named before any rank starts. Host keys are believed as your own
+ssh settings say; `ssh HOST true` must work without a question.
+
+Ranks get these variables of your environment and no others: HOROVOD_*, MXNET_*, NCCL_*, GLOO_*, OMP_*, KMP_*,
+OMPI_MCA_*, LANG, LC_*, TZ. They and those of -x travel inside the ssh connection, on no command line.
+
+A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
+hold run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint; the
+second one ends them at once. Should a rank, a host, a link or this launcher die, all the rest ends.
+
+exit codes: 0 done; 1 failed, or a host is not fit; 2 bad configuration or usage, nothing was started; 75 preempted with
+a checkpoint written; 130 or 143 stopped by a signal without one
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows the usage")
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UsageError: it is not usable.
+    """
+    parser = _Parser(
+        prog="launch/cluster.sh",
+        usage="launch/cluster.sh [options] HOSTFILE [arguments of job/train.py]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
+    add("-p", "--ssh-port", type=_positive, metavar="PORT", help="port of sshd on all hosts")
+    add("-i", "--ssh-identity-file", type=Path, metavar="FILE", help="private key to log in with")
+    add("-x", dest="forward", action="append", default=[], metavar="NAME", help="give this variable to the ranks too")
+    add(
+        "--pin-host-keys",
+        type=Path,
+        metavar="FILE",
+        help="believe only the host keys in FILE, and add those of hosts that it does not hold yet; a key that has"
+        " changed is refused",
+    )
+    add(
+        "--network-interface",
+        type=_names,
+        default=_names(os.environ.get("HOROVOD_GLOO_IFACE", "")),
+        metavar="NAME,...",
+        help="interface for the ranks, the first of these that a host has (default: HOROVOD_GLOO_IFACE, or the one that"
+        " ssh comes in by)",
+    )
+    add("--launcher-address", metavar="ADDRESS", help="address of this machine, where the hosts see it by another one")
+    add(
+        "--check-timeout",
+        type=_positive,
+        default=150,
+        metavar="S",
+        help="seconds for the checks of a host (default: 150)",
+    )
+    add(
+        "--stop-timeout",
+        type=_positive,
+        default=60,
+        metavar="S",
+        help="seconds for the last step and its checkpoint when asked to stop (default: 60)",
+    )
+    add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
+    add("--dry-run", action="store_true", help="print the commands, contact no host")
+    add("hostfile", type=Path, metavar="HOSTFILE", help="see above")
+    add("arguments", nargs=argparse.REMAINDER, metavar="...", help="`python job/train.py --help` lists them")
+    options = parser.parse_args(arguments)
+    for name in options.forward:
+        if name not in os.environ:
+            raise UsageError(f"-x {name}: there is no such variable in the environment")
+    if options.ssh_identity_file and not options.ssh_identity_file.is_file():
+        raise UsageError(f"-i {options.ssh_identity_file}: there is no such file")
+    if not any(argument.startswith(("run.resume=", "run.overwrite=")) for argument in options.arguments):
+        options.arguments.append("run.resume=auto")
+    return options
+
+
+# --- what every rank gets --------------------------------------------------------------------------------------------
+
+
+def environment(forward: Iterable[str], variables: Mapping[str, str]) -> dict[str, str]:
+    """What the ranks get: of ``variables`` what is allowed and what ``forward`` names, and what measurement chose."""
+    named = set(forward)
+    passed = {name: value for name, value in variables.items() if name in named or _ALLOWED.fullmatch(name)}
+    return {**COMMUNICATION, **passed}
+
+
+def allocate(hosts: Sequence[Host], ranks: Optional[int], gpus: Mapping[str, int]) -> dict[str, list[SlotInfo]]:
+    """Horovod's placement of each rank, by host; hosts that ``ranks`` leaves without one are not in it.
+
+    Raises:
+        UsageError: the hosts have not slots enough.
+    """
+    infos = [HostInfo(host.name, host.slots or gpus.get(host.name) or 1) for host in hosts]
+    slots = sum(info.slots for info in infos)
+    if ranks and ranks > slots:
+        raise UsageError(
+            f"-np {ranks}: the hosts have {slots} slots; raise slots=N in the hostfile, or start fewer ranks"
+        )
+    placed: dict[str, list[SlotInfo]] = {}
+    for slot in get_host_assignments(infos, ranks or slots, ranks or slots):
+        placed.setdefault(slot.hostname, []).append(slot)
+    return placed
+
+
+def sites(
+    options: argparse.Namespace,
+    ssh: Ssh,
+    local: set[str],
+    placed: Mapping[str, list[SlotInfo]],
+    network: Mapping[str, Mapping[str, str]],
+) -> list[Site]:
+    """What is started on each host, and what it is sent; ``network`` holds the variables that differ between hosts."""
+    agent = [sys.executable, str(ROOT / "launch" / "agent.py")]
+    here = [*as_after_login(), *agent]
+    passed = environment(options.forward, os.environ)
+    return [
+        Site(
+            host,
+            here if host in local else ssh.command(host, agent),
+            {
+                "directory": os.getcwd(),
+                "command": [sys.executable, str(ROOT / "job" / "train.py"), *options.arguments],
+                "environment": {**passed, **network.get(host, {})},
+                "ranks": [create_slot_env_vars(slot) for slot in slots],
+                "silence_seconds": SILENCE_SECONDS,
+                "grace_seconds": options.stop_timeout,
+            },
+        )
+        for host, slots in placed.items()
+    ]
+
+
+def as_after_login() -> list[str]:
+    """What makes a command here see as little of our environment as one that ssh starts elsewhere."""
+    names = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "TMPDIR")
+    return ["env", "-i", *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
+
+
+def _open(hosts: Iterable[Host]) -> bool:
+    """Whether the number of slots is known only when the hosts have said how many GPUs they have."""
+    return any(host.slots is None for host in hosts)
+
+
+# --- before anything is contacted ------------------------------------------------------------------------------------
+
+
+def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -> dict[str, Any]:
+    """The configuration as train.py resolves it. Folder and GPU are looked at here only if rank 0 is to run here.
+
+    A configuration that is not usable ends this process, with the message and the exit code of train.py.
+    """
+    rank = "0" if first_is_local else "1"
+    announced = {"HOROVOD_SIZE": str(ranks), "HOROVOD_RANK": rank, "HOROVOD_LOCAL_RANK": rank}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "job" / "train.py"), "--check", *arguments],
+        env={**os.environ, **announced},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode or "--help" in arguments or "-h" in arguments:
+        print(done.stdout, end="")
+        sys.exit(done.returncode)
+    config: dict[str, Any] = yaml.safe_load(done.stdout)
+    return config
+
+
+def own_hosts(hosts: Iterable[Host]) -> set[str]:
+    """Those that are this machine, and need no ssh."""
+    own = own_addresses()
+    found: dict[str, str] = {}  # what is not known in time, because a name server is away, ssh has to find out
+    threads = [threading.Thread(target=_resolve, args=(host.name, found), daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + _RESOLVE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return {name for name, address in found.copy().items() if address in own or address.startswith("127.")}
+
+
+def own_addresses() -> set[str]:
+    """All IPv4 addresses of this machine."""
+    return set(get_local_host_addresses())
+
+
+def _resolve(name: str, found: dict[str, str]) -> None:
+    with contextlib.suppress(OSError, UnicodeError):  # ssh may know it by that name all the same
+        found[name] = socket.gethostbyname(name)
+
+
+def print_commands(of: Sequence[Site], forward: Iterable[str]) -> None:
+    """What would be run, for ``--dry-run``: values of variables are shown only where they are no secrets."""
+    hidden = set(forward)
+    for site in of:
+        print(f"# {site.host}: rank{'s' * (len(site.ranks) > 1)} {', '.join(map(str, site.ranks))}")
+        print(shlex.join(site.command))
+    plan = of[0].plan
+    print("# which starts each rank, in", plan["directory"])
+    settings = [f"{k}={'(not shown)' if k in hidden else shlex.quote(v)}" for k, v in plan["environment"].items()]
+    print(" ".join(["env", *settings, shlex.join(plan["command"])] if settings else [shlex.join(plan["command"])]))
+    print("# with HOROVOD_RANK, _SIZE, _LOCAL_* and _CROSS_* of the rank, and, once the hosts are checked,")
+    print("# HOROVOD_GLOO_IFACE and HOROVOD_GLOO_RENDEZVOUS_ADDR and _PORT")
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def check_hosts(
+    options: argparse.Namespace, ssh: Ssh, hosts: Sequence[Host], local: set[str], config: Mapping[str, Any]
+) -> list[host_checks.Answer]:
+    """Ask the hosts that get ranks, and print what they say.
+
+    Raises:
+        JobError: a host is not fit; all that is wrong is told.
+    """
+    asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
+    run_dir = Path(os.getcwd(), config["run"]["dir"])
+    question = host_checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
+    scripts = {host.name: question.script(host.slots) for host in asked}
+    commands = {
+        host: [*as_after_login(), *script] if host in local else ssh.command(host, script, first_contact=True)
+        for host, script in scripts.items()
+    }
+    with Console(stderr=True).status(f"asking {len(asked)} hosts"):
+        answers = host_checks.ask_all(commands, question, options.check_timeout)
+    host_checks.place(answers, local)
+    problems = host_checks.judge(answers, ROOT)
+    problems += host_checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
+    gpus = {answer.host: answer.gpus for answer in answers}
+    ranks = {host: len(variables) for host, variables in allocate(hosts, options.np, gpus).items()}
+    chosen = host_checks.interfaces(answers, options.network_interface)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(host_checks.table(answers, ranks, chosen, problems))
+    for problem in problems:
+        if problem.warning:
+            print(f"warning: {problem}", flush=True)
+    failures = [str(problem) for problem in problems if not problem.warning]
+    if failures:
+        raise JobError("not started:\n" + "\n".join(f"  {failure}" for failure in failures))
+    return answers
+
+
+def start_rendezvous(placed: Mapping[str, list[SlotInfo]]) -> int:
+    """Start the server by which the ranks find one another. Returns its port."""
+    server = RendezvousServer()
+    port: int = server.start()
+    server.init([slot for slots in placed.values() for slot in slots])
+    return port
+
+
+def network_variables(
+    answers: Sequence[host_checks.Answer], options: argparse.Namespace, port: int
+) -> dict[str, dict[str, str]]:
+    """By host: how its ranks find the rendezvous server and one another. Interfaces may have a name on each host."""
+    chosen = host_checks.interfaces(answers, options.network_interface)
+    return {
+        answer.host: {
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": options.launcher_address or answer.launcher,
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+            "HOROVOD_GLOO_IFACE": chosen[answer.host],
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", chosen[answer.host]),
+        }
+        for answer in answers
+    }
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Check the configuration, then the hosts, then run the job. Returns the exit code."""
+    hosts = hostfile.read(options.hostfile)
+    placed = allocate(hosts, None if _open(hosts) else options.np, {})
+    local = own_hosts(hosts)
+    ranks = options.np or sum(map(len, placed.values()))
+    config = resolve_config(options.arguments, ranks, hosts[0].name in local)
+    pinned = options.pin_host_keys and options.pin_host_keys.absolute()
+    ssh = Ssh(options.ssh_port, options.ssh_identity_file, pinned)
+    if options.dry_run:
+        print_commands(sites(options, ssh, local, placed, {}), options.forward)
+        return 0
+    if not shutil.which("ssh") and {host.name for host in hosts} - local:
+        raise JobError("there is no ssh on PATH, by which hosts are reached: apt-get install openssh-client")
+    answers = check_hosts(options, ssh, hosts, local, config)
+    if options.check:
+        return 0
+    placed = allocate(hosts, options.np, {answer.host: answer.gpus for answer in answers})
+    network = network_variables(answers, options, start_rendezvous(placed))
+    return Job(sites(options, ssh, local, placed, network), options.stop_timeout).run()
+
+
+def main() -> NoReturn:
+    """Launch, and tell a failure in one message."""
+    code = 1
+    try:
+        code = launch(parse())
+    except JobError as error:
+        print(f"launch/cluster.sh: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    os._exit(code)  # threads that wait for dead hosts are left behind
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The ssh commands, whose options decide how soon a dead host is noticed and which host keys are believed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+# Never ask: nobody is there to answer for each of many hosts. Notice within 15 s that a host no longer answers. A
+# connection of its own for each host: a shared one (ControlMaster) would die with whoever else uses it.
+_OPTIONS = (
+    "BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3", "ControlPath=none",
+    "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "LogLevel=ERROR",
+)  # fmt: skip
+
+
+class Ssh(NamedTuple):
+    """How hosts are reached. Whose keys are believed is decided by the user's own ssh settings, or by ``pinned``.
+
+    Args:
+        port: of sshd; None for what the ssh settings say.
+        identity_file: the private key; None for what the ssh settings say.
+        pinned: file with the only host keys to believe. A host that it does not hold is added when it is first asked.
+    """
+
+    port: Optional[int] = None
+    identity_file: Optional[Path] = None
+    pinned: Optional[Path] = None
+
+    def command(self, host: str, remote: Sequence[str], first_contact: bool = False) -> list[str]:
+        """The words of a command that has a shell on ``host`` run ``remote``, a command that needs no terminal."""
+        options = [*_OPTIONS, *self._host_key_options(first_contact)]
+        words = ["ssh", "-T", *(f"-o{option}" for option in options)]
+        if self.port:
+            words += ["-p", str(self.port)]
+        if self.identity_file:
+            words += ["-i", str(self.identity_file)]
+        return [*words, "--", host, shlex.join(remote)]
+
+    def _host_key_options(self, first_contact: bool) -> list[str]:
+        if not self.pinned:
+            return []
+        checking = "accept-new" if first_contact else "yes"
+        return [
+            f'UserKnownHostsFile="{self.pinned}"', "GlobalKnownHostsFile=/dev/null", "HashKnownHosts=no",
+            "UpdateHostKeys=no", f"StrictHostKeyChecking={checking}",
+        ]  # fmt: skip
