@@ -1,0 +1,1 @@
+"""Starting the job: on one machine, on several, under a scheduler."""
