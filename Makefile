@@ -11,7 +11,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults bench tensorboard kubernetes lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,11 @@ bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step w
 
 tensorboard: setup ## show every run under runs/ in a browser
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
+
+kubernetes: setup ## render the manifests of launch/kubernetes and check them, without a cluster (needs kubectl)
+	@for overlay in launch/kubernetes/overlays/*; do \
+		.venv/bin/python launch/kubernetes/validate.py launch/kubernetes/once $$overlay || exit; \
+	done
 
 lint: setup ## ruff and mypy
 	@.venv/bin/python -m ruff check .
