@@ -223,7 +223,7 @@ def test_nobody_starts_before_all_are_there(first: rank.Task, meeting: rank.Meet
 def test_a_task_that_died_waiting_is_replaced(first: rank.Task, meeting: rank.Meeting) -> None:
     assert meeting.report(first.job, 1, 1, "dead", "192.0.2.7")[0] == 202
     assert meeting.report(first.job, 1, 1, "again", "192.0.2.7")[0] == 202
-    assert meeting.report(first.job, 0, 0, "a", "127.0.0.1")[0] == 200
+    assert meeting.report(first.job, 0, 0, "a", "127.0.0.1") == (200, "192.0.2.7"), "the address that all can reach"
     assert meeting.report(first.job, 1, 1, "again", "192.0.2.7")[0] == 200
     assert meeting.report(first.job, 1, 1, "dead", "192.0.2.7")[0] == 409
 
@@ -306,11 +306,12 @@ STAYS = "time.sleep(60)"
         (["sys.exit(0)", "sys.exit(0)"], 0),
         (["sys.exit(75)", "sys.exit(75)"], 75),
         (["sys.exit(0)", "sys.exit(75)"], 75),
+        (["sys.exit(75)", "sys.exit(1)"], 1),
         (["sys.exit(2)", STAYS], 2),
         ([STAYS, "sys.exit(1)"], 1),
         ([STAYS, "os.kill(os.getpid(), signal.SIGKILL)"], 1),
     ],
-    ids=["done", "preempted", "one preempted", "bad configuration", "failed", "killed"],
+    ids=["done", "preempted", "one preempted", "preempted and failed", "bad configuration", "failed", "killed"],
 )
 def test_the_first_failure_ends_the_others_and_gives_its_code(
     ranks: rank.Ranks, programs: list[str], code: int
@@ -323,10 +324,12 @@ def test_a_rank_that_ignores_sigterm_is_killed(
     ranks: rank.Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rank, "END_SECONDS", 0.5)
-    start(ranks, f"signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(tmp_path / '0')!r}, 'w'); {STAYS}")
+    heard = f"signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / 'heard')!r}, 'w'))"
+    start(ranks, f"{heard}; open({str(tmp_path / '0')!r}, 'w'); {STAYS}")
     wait_for(tmp_path / "0")
     ranks.start(1, ["sh", "-c", "exit 1"], {})
     assert ranks.wait() == 1
+    assert (tmp_path / "heard").exists()
     assert "rank 0 has not ended by itself and is killed" in capfd.readouterr().err
 
 
