@@ -17,6 +17,7 @@ from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 
 from job.errors import JobError, UsageError
 from launch import rank
+from tests.parallel.conftest import free_port
 
 # As a real srun of Slurm 22.05 sets them for the last of three tasks on two nodes.
 SLURM = {
@@ -186,12 +187,6 @@ def test_the_users_choice_of_interfaces_stands(monkeypatch: pytest.MonkeyPatch) 
 
 
 # --- the meeting -----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
