@@ -11,7 +11,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults bench tensorboard kubernetes lint lock clean
+.PHONY: help setup train test test-slow test-faults test-slurm bench tensorboard kubernetes lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ test-slow: setup ## set up, then the slow tests
 test-faults: setup ## break everything that can break, and print what held as a table (SLOW=1: and 100 random kills)
 	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
 		tests/parallel/test_resume.py $(ARGS)
+
+test-slurm: setup ## launch/slurm.sbatch under a real Slurm of two nodes on this machine (needs slurm-wlm and root)
+	@.venv/bin/python -m pytest -v tests/slurm $(ARGS)
 
 bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
