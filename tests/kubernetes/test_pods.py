@@ -37,10 +37,16 @@ def a_worker(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[P
         yield pod
 
 
+@pytest.fixture(scope="module")
+def not_ours(a_worker: Pod) -> set[Path]:
+    """What pod.sh had to mount into its /tmp: this repository's environment, if it lies below there."""
+    return set(a_worker.tmp.iterdir())
+
+
 @pytest.fixture
-def worker(a_worker: Pod) -> Iterator[Pod]:
+def worker(a_worker: Pod, not_ours: set[Path]) -> Iterator[Pod]:
     """One that has just been made: nothing lies in its /tmp but a copy of launcher.sh beside a false cluster.sh."""
-    for entry in a_worker.tmp.iterdir():
+    for entry in set(a_worker.tmp.iterdir()) - not_ours:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     kubernetes = a_worker.tmp / "job" / "launch" / "kubernetes"
     kubernetes.mkdir(parents=True)
