@@ -27,7 +27,7 @@ for entry in /*; do
 done
 mkdir -p "$root"/{proc,tmp,runs,opt/job} "$root/home/mpiuser/.ssh"
 mount -t proc proc "$root/proc"
-mount --bind "$repository" "$root/opt/job"
+mount --rbind "$repository" "$root/opt/job"
 
 chown 1000:1000 "$state"/{runs,tmp}
 mount --bind "$state/runs" "$root/runs"
