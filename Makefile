@@ -11,7 +11,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults test-cluster doctor bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults test-cluster test-slurm doctor kubernetes bench tensorboard lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ doctor: ## is this machine fit? a table of checks, with what to do (ARGS="-np 8 
 test-cluster: setup ## several hosts as network namespaces with sshd on this machine: they train, and what dies ends all
 	@.venv/bin/python -m pytest -v tests/cluster $(ARGS)
 
+test-slurm: setup ## launch/slurm.sbatch under a real Slurm of two nodes on this machine (needs slurm-wlm and root)
+	@.venv/bin/python -m pytest -v tests/slurm $(ARGS)
+
 bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
@@ -46,6 +49,11 @@ bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each besi
 
 tensorboard: setup ## show every run under runs/ in a browser
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
+
+kubernetes: setup ## render the manifests of launch/kubernetes and check them, without a cluster (needs kubectl)
+	@for overlay in launch/kubernetes/overlays/*; do \
+		.venv/bin/python launch/kubernetes/validate.py launch/kubernetes/once $$overlay || exit; \
+	done
 
 lint: setup ## ruff and mypy
 	@.venv/bin/python -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,13 @@ def environment() -> dict[str, str]:
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     path = f"{HOROVODRUN.parent}{os.pathsep}{os.environ['PATH']}"  # pytest may have been started without an activate
     return {**os.environ, **as_root, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    """A TCP port of the loopback on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The job on Kubernetes: manifests, what runs in the pods, and what checks it without a cluster."""

@@ -1,0 +1,134 @@
+"""An Indexed Job without its cluster: two pods are two processes on the loopback, each with its own environment.
+
+What Kubernetes does is left to the test: it starts the pods in any order, and starts them again after exit code 75.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import synthetic
+from tests.faults.conftest import Ended, finish, wait_for_line
+from tests.parallel.conftest import ROOT, free_port
+
+Pod = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def pod(tmp_path: Path, run_dir: Path, port: int) -> Iterator[Pod]:
+    """``pod(index, *overrides, ranks=1)`` starts a pod. Whatever it left is ended after the test."""
+    data = synthetic.write(tmp_path / "data")
+    job = {"JOB_HOSTS": "2", "JOB_COORDINATOR": "127.0.0.1", "JOB_COORDINATOR_PORT": str(port)}
+    started = []
+
+    def start(index: int, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+        own = {"JOB_COMPLETION_INDEX": str(index), "JOB_RANKS_PER_HOST": str(ranks), "OMP_NUM_THREADS": "1"}
+        options = ["train.log_every_steps=1", "run.step_timeout_seconds=60", f"run.dir={run_dir}", *overrides]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "launch" / "rank.py"), *data, *options],
+                env={**os.environ, **job, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        for left in ranks_of(process):
+            left.kill()
+        process.kill()
+        process.communicate()
+
+
+def ranks_of(pod: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pod.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ended(*pods: subprocess.Popen[str]) -> list[Ended]:
+    return [finish(pod) for pod in pods]
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_pod_that_is_first_waits_for_the_coordinator_and_both_train_together(
+    pod: Pod, run_dir: Path, port: int
+) -> None:
+    second = pod(1, "train.max_steps=5")
+    with socket.create_server(("127.0.0.1", port)) as nobody:
+        nobody.settimeout(60)
+        nobody.accept()[0].close()  # it has asked, and was not answered
+    first = pod(0, "train.max_steps=5")
+    results = ended(first, second)
+    assert [result.code for result in results] == [0, 0], results
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["ranks"], summary["steps"]) == (2, 5)
+
+
+@pytest.mark.slow
+def test_two_pods_of_two_ranks_are_preempted_together_and_go_on(pod: Pod, run_dir: Path) -> None:
+    options = ["train.max_steps=40", "train.epochs=100", "checkpoint.every_steps=null"]
+    first, second = (pod(index, *options, ranks=2) for index in (0, 1))
+    output = wait_for_line(first, "step 3/")
+    second.send_signal(signal.SIGTERM)
+    results = ended(first, second)
+    assert [result.code for result in results] == [75, 75], (output, results)
+    assert "received SIGTERM" in results[0].output
+
+    second = pod(1, *options, ranks=2)  # comes back first
+    first = pod(0, *options, ranks=2)
+    results = ended(first, second)
+    assert [result.code for result in results] == [0, 0], results
+    assert "going on after step" in results[0].output
+    assert [record["step"] for record in records(run_dir) if record["split"] == "train"] == list(range(1, 41))
+    assert json.loads((run_dir / "summary.json").read_text())["ranks"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_both_pods_with_1(pod: Pod, victim: int) -> None:
+    pods = [pod(index, "train.epochs=1000", ranks=2) for index in (0, 1)]
+    wait_for_line(pods[0], "step 3/")
+    ranks_of(pods[victim])[-1].kill()
+    results = ended(*pods)
+    assert [result.code for result in results] == [1, 1], results
+    assert f"rank {2 * victim + 1}: ended by SIGKILL" in results[victim].output
+    assert not any(ranks_of(process) for process in pods)
+
+
+@pytest.mark.slow
+def test_a_bad_configuration_ends_every_pod_with_2_before_any_rank_starts(pod: Pod, run_dir: Path) -> None:
+    results = ended(pod(0, "train.epochs=0"), pod(1, "train.epochs=0"))
+    assert [result.code for result in results] == [2, 2], results
+    assert all("train.epochs" in result.output for result in results)
+    assert not run_dir.exists()

@@ -1,0 +1,183 @@
+"""A real Slurm of two nodes on this machine: its own munged, slurmctld and two slurmd, in a folder and on ports of its
+own.
+
+It needs the programs of Debian's slurm-wlm (apt-get install slurm-wlm), none of its services, and root, as slurmd does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.conftest import ROOT, free_port
+
+PROGRAMS = "munged slurmctld slurmd sbatch srun scancel scontrol squeue".split()
+PATIENCE = 120.0  # seconds, for a job of 10 to 20
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+HOST = socket.gethostname()
+# Two CPUs a node, whatever the machine has; task 0's node has the machine's own name, so that the name resolves.
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+KillWait=20
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=2
+NodeName={host}-second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Slurm:
+    """A running Slurm, and how a user deals with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def command(self, *words: str, **variables: str) -> str:
+        """Run a command of Slurm, and return what it prints."""
+        done = subprocess.run(
+            words, env={**self.environment, **variables}, cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def submit(self, options: list[str], arguments: list[str], **variables: str) -> Job:
+        """``sbatch OPTIONS launch/slurm.sbatch ARGUMENTS``, from a folder that is not the project's."""
+        script = str(ROOT / "launch" / "slurm.sbatch")
+        return Job(self, self.command("sbatch", "--parsable", *options, script, *arguments, **variables))
+
+
+class Job:
+    def __init__(self, slurm: Slurm, number: str) -> None:
+        self.slurm = slurm
+        self.number = number
+
+    @property
+    def log(self) -> str:
+        file = self.slurm.folder / f"slurm-{self.number}.out"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the script puts it."""
+        return self.slurm.folder / "runs" / f"slurm-{self.number}"
+
+    def facts(self) -> dict[str, str]:
+        """What Slurm knows of the job."""
+        words = self.slurm.command("scontrol", "--oneliner", "show", "job", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    @property
+    def state(self) -> str:
+        return self.facts()["JobState"]
+
+    def wait(self, what: str, done: Callable[[], bool], seconds: float = PATIENCE) -> None:
+        """Wait until it is so, and fail with all that is known if it is not in time."""
+        end = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > end:
+                pytest.fail(f"not within {seconds:g} s: {what}\n{self.facts()}\n{self.log[-5000:]}")
+            time.sleep(0.2)
+
+    def wait_for_line(self, text: str, times: int = 1) -> None:
+        self.wait(f"{text!r} in the log", lambda: self.log.count(text) >= times or self.state in FINAL)
+        assert self.log.count(text) >= times, self.log[-5000:]
+
+    def wait_for_end(self) -> dict[str, str]:
+        self.wait("the end of the job", lambda: self.state in FINAL)
+        return self.facts()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"no Slurm here ({', '.join(missing)}); apt-get install slurm-wlm")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd wants to be root")
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "munge").mkdir(mode=0o711)
+    (folder / "state").mkdir()
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    ports = [free_port() for _ in range(3)]
+    text = CONFIGURATION.format(host=HOST, folder=folder, controller_port=ports[0], ports=ports[1:])
+    (folder / "slurm.conf").write_text(text)
+    slurm = Slurm(folder)
+    # By force: it would rather not have its socket in a folder that only we can enter.
+    munge = {name: f"--{name}={folder / 'munge' / name.split('-')[0]}" for name in ("socket", "key-file", "pid-file")}
+    munged = ["munged", "--force", "--foreground", *munge.values(), f"--seed-file={folder}/munge/seed"]
+    daemons = [
+        [*munged, f"--log-file={folder}/munge/log", "--num-threads=4"],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D", "-N", HOST],
+        ["slurmd", "-D", "-N", f"{HOST}-second"],
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for daemon in daemons:
+            with open(folder / f"{len(running)}.out", "wb") as output:
+                running.append(
+                    subprocess.Popen(
+                        daemon, env=slurm.environment, stdout=output, stderr=output, start_new_session=True
+                    )
+                )
+            if len(running) == 1:
+                _until(lambda: (folder / "munge" / "socket").exists(), folder)
+        _until(lambda: _idle(slurm) == 2, folder)
+        yield slurm
+        slurm.command("scancel", "--quiet", "--user=root", "--signal=KILL", "--full")
+        slurm.command("scancel", "--quiet", "--user=root")
+        _until(lambda: not slurm.command("squeue", "--noheader"), folder)
+    finally:
+        for process in reversed(running):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _idle(slurm: Slurm) -> int:
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--format=%T"], env=slurm.environment, capture_output=True, text=True
+    )
+    return done.stdout.split().count("idle")
+
+
+def _until(done: Callable[[], bool], folder: Path, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            logs = [file.read_text(errors="replace")[-1000:] for file in folder.glob("*.out")]
+            pytest.fail("Slurm is not as it should be:\n" + "\n".join(logs))
+        time.sleep(0.1)
