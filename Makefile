@@ -3,6 +3,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 NP ?= 2# ranks for `make train`
+export TARGET ?= cpu# image that `make image-test` builds
 ARGS ?=# more arguments for train.py, e.g. ARGS="train.epochs=1"
 uv_version := 0.13.9# pinned, so that two people's locks differ only by what changed upstream
 
@@ -11,7 +12,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults test-cluster test-slurm doctor kubernetes bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults test-cluster test-slurm image-test doctor kubernetes bench tensorboard lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,10 +25,10 @@ train: setup ## set up, then train on this machine (NP=2 ARGS="key=value ...")
 	@launch/local.sh -np $(NP) run.dir=runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup ## set up, then all tests but the slow ones and those that break ranks and machines (test-faults)
-	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/faults $(ARGS)
+	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/faults --ignore=tests/image $(ARGS)
 
 test-slow: setup ## set up, then the slow tests
-	@.venv/bin/python -m pytest -m slow $(ARGS)
+	@.venv/bin/python -m pytest -m slow --ignore=tests/image $(ARGS)
 
 test-faults: setup ## break everything that can break, and print what held as a table (SLOW=1: and 100 random kills)
 	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
@@ -41,6 +42,9 @@ test-cluster: setup ## several hosts as network namespaces with sshd on this mac
 
 test-slurm: setup ## launch/slurm.sbatch under a real Slurm of two nodes on this machine (needs slurm-wlm and root)
 	@.venv/bin/python -m pytest -v tests/slurm $(ARGS)
+
+image-test: setup ## build the image without an engine and run it (TARGET=cpu or gpu; needs root, buildah, debootstrap)
+	@.venv/bin/python -m pytest -m slow tests/image $(ARGS)
 
 bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time

@@ -8,13 +8,14 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/setup.sh [--gpu] [--no-data]
+usage: launch/setup.sh [--gpu] [--no-data] [--no-dev]
 
 Makes .venv (Python packages, and Horovod built from source) and fetches Fashion-MNIST.
 Run it as often as you like: what is done already is not done again.
 
   --gpu       for NVIDIA GPUs: MXNet for CUDA 11, Horovod over NCCL
   --no-data   leave the data set for later
+  --no-dev    without what only tests and lint need, for a machine that does nothing but train (always so with --gpu)
   --help      this text
 
 environment:
@@ -29,6 +30,7 @@ state=$root/.setup # the log and the lock live outside .venv, so that they outli
 log=$state/log
 variant=cpu
 with_data=yes
+without_dev=''
 total=6
 step=0
 
@@ -37,6 +39,7 @@ main() {
     case $1 in
       --gpu) variant=gpu ;;
       --no-data) with_data=no total=5 ;;
+      --no-dev) without_dev=' --no-dev' ;;
       -h | --help) usage && exit 0 ;;
       *) usage >&2 && exit 2 ;;
     esac
@@ -73,7 +76,7 @@ main() {
 # A stage is done when its stamp holds the hash of all that it depends on. The path is part of it, as scripts in .venv
 # carry it: a checkout that was moved is set up again.
 key() { # key STAGE
-  local inputs="$venv $python_version $variant"
+  local inputs="$venv $python_version $variant$without_dev"
   case $1 in
     venv) ;;
     packages) inputs+=$(cat "$lock") ;;
@@ -184,6 +187,7 @@ install_packages() {
   unstamp packages
   unstamp ready
   lock_entries not horovod >"$state/requirements.txt"
+  if [[ -n $without_dev ]]; then leave_out_dev; fi
   PIP_USER=no "$venv/bin/python" -m pip install --require-hashes -r "$state/requirements.txt"
   if [[ $variant == gpu ]]; then link_cuda_libraries; fi
   stamp packages "$(key packages)"
@@ -267,6 +271,16 @@ fetch_data() {
 # An entry is its first line and the indented lines after it.
 lock_entries() { # lock_entries only|not PACKAGE
   awk -v mode="$1" -v name="$2" '/^[^ #]/ { mine = index($0, name "==") == 1 } (mode == "only") == mine' "$lock"
+}
+
+# The GPU lock has its versions from the CPU lock and leaves out `dev` (see `make lock`). So what the CPU lock has beyond
+# it, other than MXNet's own build for CPUs, is for development.
+leave_out_dev() {
+  awk '{ name = $1; sub(/==.*/, "", name) }
+    FNR == NR { trains[name]; next }
+    /^[^ #]/ { mine = name in trains || name == "mxnet" }
+    mine' "$root/requirements-gpu.txt" "$state/requirements.txt" >"$state/requirements-no-dev.txt"
+  mv "$state/requirements-no-dev.txt" "$state/requirements.txt"
 }
 
 locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" "$lock" | head -n 1; }
