@@ -22,7 +22,7 @@ END
 }
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-ranks=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || ranks=2
+ranks=$(timeout 20 nvidia-smi -L 2>/dev/null | grep -c '^GPU') || ranks=2
 controller=(--gloo)
 dry_run=no
 resume=(run.resume=auto)
