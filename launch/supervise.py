@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, Optional
 
 PREEMPTED = 75
+_SSH_FAILED = 255  # its own exit code; all others are those of the command
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TERM_SECONDS = 5.0  # for ranks whose peer has died: they cannot finish their step, only say what they know
 BEAT_SECONDS = 10.0  # between signs of life to the agents; see SILENCE_SECONDS
@@ -216,7 +217,8 @@ class Job:
         missing = [rank for rank in link.site.ranks if rank not in self._codes]
         if missing:
             ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            why = event.text or f"its agent {_ending(event.number)}"
+            silent = "the connection broke" if event.number == _SSH_FAILED else f"its agent {_ending(event.number)}"
+            why = event.text or silent
             self._blame(Cause(0 if self._killing else 2, 1, f"{event.host} ({ranks}) was lost: {why}"))
 
     def _blame(self, cause: Cause) -> None:
@@ -257,9 +259,8 @@ class Job:
 
 
 def _ending(code: int) -> str:
-    if code < 0 or code > 128:
-        number = -code if code < 0 else code - 128
-        return f"was ended by signal {number} ({signal.strsignal(number) or 'unknown'})"
+    if code < 0:
+        return f"was ended by signal {-code} ({signal.strsignal(-code)})"
     return f"ended with exit code {code}"
 
 

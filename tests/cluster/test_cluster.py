@@ -106,7 +106,7 @@ def test_three_hosts_train_and_no_secret_is_seen_on_a_command_line(
 def test_a_signal_to_the_launcher_stops_all_hosts_with_75_and_the_same_command_goes_on(
     cluster: Cluster, all_three: str, arguments: list[str], tmp_path: Path
 ) -> None:
-    command = [all_three, *arguments, "train.epochs=20", "train.max_steps=100", "checkpoint.every_steps=null"]
+    command = [all_three, *arguments, "train.epochs=10", "train.max_steps=50", "checkpoint.every_steps=null"]
     job = cluster.start(*command)
     job.wait_for_line("step 3/")
     job.signal(signal.SIGTERM)
@@ -118,7 +118,7 @@ def test_a_signal_to_the_launcher_stops_all_hosts_with_75_and_the_same_command_g
     again = cluster.launch(*command)
     assert again.code == 0, again.output
     assert f"going on after step {stopped}" in again.output
-    assert steps(tmp_path) == list(range(1, 101))
+    assert steps(tmp_path) == list(range(1, 51))
 
 
 def test_a_killed_launcher_leaves_no_orphan_on_any_host_and_a_checkpoint(

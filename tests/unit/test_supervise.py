@@ -81,6 +81,16 @@ def test_a_lost_host_is_blamed_before_its_peers(
     assert last == "launch/cluster.sh: host1 (rank 1) was lost: the link is cut"
 
 
+@pytest.mark.parametrize(
+    ("code", "words"), [(255, "the connection broke"), (137, "its agent ended with exit code 137")]
+)
+def test_a_host_that_is_lost_without_a_word_is_named_all_the_same(
+    code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(WAIT, agents=[["bash", "-c", f"exit {code}"]]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"launch/cluster.sh: host0 (rank 0) was lost: {words}"
+
+
 def test_a_bad_configuration_keeps_its_code() -> None:
     assert run("exit 2", WAIT) == 2
 
