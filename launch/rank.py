@@ -110,9 +110,11 @@ def read_task(environ: Mapping[str, str], coordinator: Optional[str] = None) -> 
 
 
 def _slurm_task(environ: Mapping[str, str], coordinator: Optional[str]) -> Task:
-    step = "STEP_" if "SLURM_STEP_TASKS_PER_NODE" in environ else ""  # the batch script is in no step
-    layout = f"SLURM_{step}TASKS_PER_NODE"
+    in_step = "SLURM_STEP_TASKS_PER_NODE" in environ
+    layout = "SLURM_STEP_TASKS_PER_NODE" if in_step else "SLURM_TASKS_PER_NODE"
     counts = tasks_per_node(_text(environ, layout), layout)
+    if not in_step:  # the batch script, which only checks: it is told how many tasks there is room for on each node
+        counts = [_number(environ, "SLURM_NTASKS", sum(counts), least=1)]
     rank, host, local_rank = (_number(environ, f"SLURM_{name}") for name in ("PROCID", "NODEID", "LOCALID"))
     total = _number(environ, "SLURM_NTASKS", sum(counts))
     if total != sum(counts) or rank >= total or host >= len(counts) or local_rank >= counts[host]:
@@ -129,7 +131,7 @@ def _slurm_task(environ: Mapping[str, str], coordinator: Optional[str]) -> Task:
         host=host,
         ranks_on_host=counts,
         ranks=[(rank, local_rank)],
-        coordinator=coordinator or first_host(_text(environ, f"SLURM_{step or 'JOB_'}NODELIST")),
+        coordinator=coordinator or first_host(_text(environ, f"SLURM_{'STEP' if in_step else 'JOB'}_NODELIST")),
         # Below the ports that the kernel gives to clients. Two jobs on one node have other ids, and so another port.
         port=_number(environ, "JOB_COORDINATOR_PORT", 20000 + (10 * number + step_number) % 10000, least=1),
     )

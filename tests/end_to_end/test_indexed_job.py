@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import psutil
 import pytest
@@ -59,18 +59,20 @@ def pod(tmp_path: Path, run_dir: Path, port: int) -> Iterator[Pod]:
         return started[-1]
 
     yield start
-    for process in started:
-        for left in ranks_of(process):
-            left.kill()
+    for process in [*started, *ranks(run_dir)]:
         process.kill()
+    for process in started:
         process.communicate()
 
 
-def ranks_of(pod: subprocess.Popen[str]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pod.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def ranks(run_dir: Path, rank: Optional[int] = None) -> list[psutil.Process]:
+    """The ranks that run into this folder, or the one of that number."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        own = (process.info["environ"] or {}).get("HOROVOD_RANK")
+        if own and f"run.dir={run_dir}" in process.info["cmdline"] and rank in (None, int(own)):
+            found.append(process)
+    return found
 
 
 def ended(*pods: subprocess.Popen[str]) -> list[Ended]:
@@ -97,7 +99,7 @@ def test_a_pod_that_is_first_waits_for_the_coordinator_and_both_train_together(
 
 @pytest.mark.slow
 def test_two_pods_of_two_ranks_are_preempted_together_and_go_on(pod: Pod, run_dir: Path) -> None:
-    options = ["train.max_steps=40", "train.epochs=100", "checkpoint.every_steps=null"]
+    options = ["train.max_steps=100", "train.epochs=100", "checkpoint.every_steps=null"]
     first, second = (pod(index, *options, ranks=2) for index in (0, 1))
     output = wait_for_line(first, "step 3/")
     second.send_signal(signal.SIGTERM)
@@ -110,20 +112,21 @@ def test_two_pods_of_two_ranks_are_preempted_together_and_go_on(pod: Pod, run_di
     results = ended(first, second)
     assert [result.code for result in results] == [0, 0], results
     assert "going on after step" in results[0].output
-    assert [record["step"] for record in records(run_dir) if record["split"] == "train"] == list(range(1, 41))
+    assert [record["step"] for record in records(run_dir) if record["split"] == "train"] == list(range(1, 101))
     assert json.loads((run_dir / "summary.json").read_text())["ranks"] == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_both_pods_with_1(pod: Pod, victim: int) -> None:
+def test_a_killed_rank_ends_both_pods_with_1(pod: Pod, run_dir: Path, victim: int) -> None:
     pods = [pod(index, "train.epochs=1000", ranks=2) for index in (0, 1)]
     wait_for_line(pods[0], "step 3/")
-    ranks_of(pods[victim])[-1].kill()
+    assert len(ranks(run_dir)) == 4
+    ranks(run_dir, 2 * victim + 1)[0].kill()
     results = ended(*pods)
     assert [result.code for result in results] == [1, 1], results
     assert f"rank {2 * victim + 1}: ended by SIGKILL" in results[victim].output
-    assert not any(ranks_of(process) for process in pods)
+    assert not ranks(run_dir)
 
 
 @pytest.mark.slow

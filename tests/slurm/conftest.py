@@ -19,7 +19,7 @@ import pytest
 from tests.parallel.conftest import ROOT, free_port
 
 PROGRAMS = "munged slurmctld slurmd sbatch srun scancel scontrol squeue".split()
-PATIENCE = 120.0  # seconds, for a job of 10 to 20
+PATIENCE = 240.0  # seconds, for a job of 10 to 20; a failing test waits so long, a passing one does not
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 HOST = socket.gethostname()
 # Two CPUs a node, whatever the machine has; task 0's node has the machine's own name, so that the name resolves.

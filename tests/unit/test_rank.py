@@ -86,10 +86,12 @@ def test_a_slurm_task_is_one_rank_at_its_place_in_the_step_not_in_the_allocation
     assert task.coordinator == "n1"
 
 
-def test_the_batch_script_reads_as_task_0_of_the_allocation() -> None:
-    batch = without(SLURM, "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS")
-    task = rank.read_task({**batch, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
-    assert (task.index, task.tasks, task.coordinator) == (0, 80, "n0")
+def test_the_batch_script_checks_for_all_tasks_wherever_they_will_be() -> None:
+    own = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    batch = {**without(SLURM, "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"), **own}
+    task = rank.read_task(batch)  # as of sbatch --nodes=2 --ntasks-per-node=2 --ntasks=3
+    assert (task.index, task.tasks, task.coordinator) == (0, 3, "n0")
+    assert rank.read_task(without(batch, "SLURM_NTASKS")).tasks == 4
 
 
 def test_a_pod_runs_all_ranks_of_its_host() -> None:
