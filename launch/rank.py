@@ -381,10 +381,11 @@ class Ranks:
         code, deadline = 0, float("inf")
         running = dict(self._processes)
         while running:
-            for rank, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[rank]
+            ended = [rank for rank, process in running.items() if process.poll() is not None]
+            for rank in sorted(
+                ended, key=lambda rank: running[rank].returncode
+            ):  # the killed, which are a cause, first
+                process = running.pop(rank)
                 if code in (0, Preempted.exit_code) and process.returncode != 0:
                     code = self._code_of(rank, process.returncode)
                     if code != Preempted.exit_code:
@@ -392,7 +393,8 @@ class Ranks:
                         deadline = time.monotonic() + END_SECONDS
                 deadline = min(deadline, time.monotonic() + LEAVE_SECONDS)
             if running and time.monotonic() > deadline:
-                print(f"error: rank {min(running)} has not ended by itself and is killed", file=sys.stderr, flush=True)
+                for rank in running:
+                    print(f"error: rank {rank}: does not end by itself and is killed", file=sys.stderr, flush=True)
                 _signal_all(running.values(), signal.SIGKILL)
                 deadline = float("inf")
             time.sleep(POLL_SECONDS / 2)

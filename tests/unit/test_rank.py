@@ -327,7 +327,17 @@ def test_a_rank_that_ignores_sigterm_is_killed(
     ranks.start(1, ["sh", "-c", "exit 1"], {})
     assert ranks.wait() == 1
     assert (tmp_path / "heard").exists()
-    assert "rank 0 has not ended by itself and is killed" in capfd.readouterr().err
+    assert "rank 0: does not end by itself and is killed" in capfd.readouterr().err
+
+
+def test_the_rank_that_was_killed_is_named_and_not_the_one_that_lost_it(
+    ranks: rank.Ranks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(ranks, "sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)")
+    for process in ranks._processes.values():
+        process.wait()
+    assert ranks.wait() == 1
+    assert "rank 1: ended by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_signal_is_passed_on_to_every_rank_and_their_code_comes_back(ranks: rank.Ranks, tmp_path: Path) -> None:
