@@ -22,6 +22,7 @@ PROGRAMS = {SSHD, "bash", "python", "tensorboard", "tini"}  # of the image, besi
 UID = 1000
 IMAGE = re.compile(r"(?:[\w.:-]+/)*horovod-gluon-job:(cpu|gpu)(?:-[\w.-]+)?")
 GPU = "nvidia.com/gpu"
+_QUANTITY = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)(m|[kMGTPE]|[KMGTPE]i|)")
 CHECKPOINT_SECONDS = 60  # what a pod that is put out must have at least, for a step and its checkpoint
 PREEMPTED, FAILED, BAD_CONFIGURATION = 75, 1, 2
 
@@ -59,7 +60,7 @@ class Pods:
     @property
     def gpus(self) -> int:
         """Of one pod."""
-        return sum(int(_limits(container).get(GPU, 0)) for _, container in self.containers)
+        return sum(int(quantity(_limits(container).get(GPU, 0))) for _, container in self.containers)
 
     @property
     def trains(self) -> bool:
@@ -104,14 +105,19 @@ def _limits(container: Mapping[str, Any]) -> Mapping[str, Any]:
     return limits
 
 
+def is_quantity(text: object) -> bool:
+    """Whether :func:`quantity` can read it."""
+    return _QUANTITY.fullmatch(str(text)) is not None
+
+
 def quantity(text: object) -> float:
     """Kubernetes' way of writing numbers: ``500m``, ``2``, ``3Gi``."""
-    match = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|)", str(text).replace("K", "k"))
+    match = _QUANTITY.fullmatch(str(text))
     if not match:
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is no quantity")
     suffix = match[2]
     base = 1024 if suffix.endswith("i") else 1000
-    return float(match[1]) * (0.001 if suffix == "m" else base ** " kMGT".index(suffix[:1] or " "))
+    return float(match[1]) * (0.001 if suffix == "m" else base ** " kMGTPE".index(suffix[:1].replace("K", "k") or " "))
 
 
 # --- each document among the others ----------------------------------------------------------------------------------
@@ -125,9 +131,9 @@ def names(documents: Sequence[Document]) -> Iterator[Problem]:
     spaces = Counter(
         d["metadata"].get("namespace") for d in documents if d["kind"] not in ("Namespace", "PriorityClass")
     )
-    usual = spaces.most_common(1)[0][0]
+    usual = spaces.most_common(1)[0][0] if spaces else None
     for document in documents:
-        if document["kind"] == "Namespace" and usual != document["metadata"]["name"]:
+        if document["kind"] == "Namespace" and spaces and usual != document["metadata"]["name"]:
             yield Problem(name(document), "metadata.name", f"the others are in namespace {usual}")
         elif document["kind"] not in ("Namespace", "PriorityClass") and document["metadata"].get("namespace") != usual:
             yield Problem(name(document), "metadata.namespace", f"not {usual}, where most are: they would not meet")
@@ -165,7 +171,7 @@ def shared_claims(documents: Sequence[Document]) -> Iterator[Problem]:
             users[volume.get("persistentVolumeClaim", {}).get("claimName", "")] += pods.count
     for document in documents:
         pods_of_it = users[document["metadata"]["name"]] if document["kind"] == "PersistentVolumeClaim" else 0
-        if pods_of_it > 1 and "ReadWriteMany" not in document["spec"]["accessModes"]:
+        if pods_of_it > 1 and "ReadWriteMany" not in document.get("spec", {}).get("accessModes", ()):
             message = f"{pods_of_it} pods mount it, on any nodes, so it must be ReadWriteMany"
             yield Problem(name(document), "spec.accessModes", message)
 
@@ -176,16 +182,17 @@ def selectors(documents: Sequence[Document]) -> Iterator[Problem]:
     for document in documents:
         spec, kind = document.get("spec", {}), document["kind"]
         if kind == "Service":
-            chosen = [pods for pods in everyone if _selects(spec["selector"], pods)]
+            selector = spec.get("selector", {})
+            chosen = [pods for pods in everyone if selector and _selects(selector, pods)]
             if not chosen:
-                yield Problem(name(document), "spec.selector", f"selects no pod: {_listed(spec['selector'])}")
+                yield Problem(name(document), "spec.selector", f"selects no pod: {_listed(selector) or 'it is empty'}")
             for index, port in enumerate(spec.get("ports", ())):
                 wanted = port.get("targetPort", port["port"])
                 if chosen and not any(_has_port(pods, wanted) for pods in chosen):
                     yield Problem(name(document), f"spec.ports[{index}].targetPort", f"no pod has a port {wanted}")
         elif kind == "Deployment":
             own = next(pods for pods in everyone if pods.document == name(document))
-            if not _selects(spec["selector"]["matchLabels"], own):
+            if not _selects(spec["selector"].get("matchLabels", {}), own):
                 yield Problem(name(document), "spec.selector.matchLabels", "are not those of its own template")
         elif kind == "NetworkPolicy":
             for path, selector in _own_selectors(spec):
@@ -320,7 +327,9 @@ def resources(documents: Sequence[Document]) -> Iterator[Problem]:
                 elif memory.get("medium") == "Memory" and not _fits(memory.get("sizeLimit"), limits.get("memory")):
                     message = "a volume in memory needs a sizeLimit below the container's memory, of which it is part"
                     yield Problem(pods.document, where, message)
-        if pods.trains and "/dev/shm" not in {m["mountPath"] for _, c in pods.containers for m in c["volumeMounts"]}:
+        if pods.trains and "/dev/shm" not in {
+            m["mountPath"] for _, c in pods.containers for m in c.get("volumeMounts", ())
+        }:
             yield Problem(pods.document, f"{pods.path}.spec.volumes", "ranks need a /dev/shm of more than 64 MiB")
 
 
@@ -350,10 +359,10 @@ def image(documents: Sequence[Document]) -> Iterator[Problem]:
     )
     for pods in all_pods(documents):
         for path, container in pods.containers:
-            match = IMAGE.fullmatch(container["image"])
+            match = IMAGE.fullmatch(container.get("image", ""))
             if not match or match[1] not in targets:
                 message = (
-                    f"{container['image']!r} is none of horovod-gluon-job:cpu and :gpu, which the Dockerfile builds"
+                    f"{container.get('image')!r} is none of horovod-gluon-job:cpu and :gpu, which the Dockerfile builds"
                 )
                 yield Problem(pods.document, f"{path}.image", message)
             elif (match[1] == "gpu") != bool(_limits(container).get(GPU)):
@@ -446,7 +455,7 @@ def indexed_job(documents: Sequence[Document]) -> Iterator[Problem]:
         spec, variables = document["spec"], _variables(document)
         own = next(all_pods([document]))
         where = f"{own.path}.spec"
-        counts = (spec.get("completions"), spec.get("parallelism"), int(variables.get("JOB_HOSTS", 0)))
+        counts = (spec.get("completions"), spec.get("parallelism"), _number(variables.get("JOB_HOSTS")))
         if len(set(counts)) != 1 or spec.get("completionMode") != "Indexed":
             message = (
                 "completions, parallelism and JOB_HOSTS are %s, %s and %s; all pods run at once, each with an index"
@@ -457,7 +466,7 @@ def indexed_job(documents: Sequence[Document]) -> Iterator[Problem]:
         if variables.get("JOB_COORDINATOR") != coordinator:
             message = f"is {variables.get('JOB_COORDINATOR')}, but pod 0 is called {coordinator}"
             yield Problem(name(document), f"{where}: JOB_COORDINATOR", message)
-        if int(variables.get("JOB_COORDINATOR_PORT", 0)) not in _ports(own.spec["containers"][0]):
+        if _number(variables.get("JOB_COORDINATOR_PORT")) not in _ports(own.spec["containers"][0]):
             yield Problem(name(document), f"{where}: JOB_COORDINATOR_PORT", "is no port of the container")
         yield from _named_by_service(documents, document, own, subdomain)
         yield from _forgives(document)
@@ -472,7 +481,7 @@ def _named_by_service(
         return
     wanted = {"clusterIP": "None", "publishNotReadyAddresses": True}
     yield from _demand(name(service), "spec", service["spec"], wanted)
-    if not _selects(service["spec"]["selector"], own):
+    if not _selects(service["spec"].get("selector", {}), own):
         yield Problem(name(service), "spec.selector", f"does not select the pods of {name(document)}")
 
 
@@ -550,7 +559,7 @@ def _unfit(config: Config, document: Document, ranks: int) -> Iterator[str]:
         claims = [
             mount["mountPath"]
             for _, container in pods.containers
-            for mount in container["volumeMounts"]
+            for mount in container.get("volumeMounts", ())
             if "persistentVolumeClaim" in pods.volume(mount) and not mount.get("readOnly")
         ]
         if not any(Path(claim) in config.run.dir.parents for claim in claims):
@@ -563,7 +572,12 @@ def _ranks_per_pod(document: Document) -> int:
     """0 for a document that trains nothing."""
     if document["kind"] == "MPIJob":
         return int(document["spec"].get("slotsPerWorker", 1))
-    return int(_variables(document).get("JOB_RANKS_PER_HOST", 1)) if document["kind"] == "Job" else 0
+    return _number(_variables(document).get("JOB_RANKS_PER_HOST", "1")) if document["kind"] == "Job" else 0
+
+
+def _number(text: Optional[str]) -> int:
+    """0 for what is none."""
+    return int(text) if text and text.isdigit() else 0
 
 
 def _variables(document: Document) -> dict[str, str]:

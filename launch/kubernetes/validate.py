@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
-from launch.kubernetes.checks import CHECKS, Document, Problem, all_pods, name
+from launch.kubernetes.checks import CHECKS, Document, Problem, all_pods, is_quantity, name
 from launch.kubernetes.v2beta1 import MPIJob
 
 RENDER_SECONDS = 60
@@ -83,6 +83,10 @@ def problems(documents: Sequence[Document], version: str) -> list[Problem]:
 
 
 def _of_one(document: Document, version: str) -> Iterator[Problem]:
+    for path in _hollow(document):
+        yield Problem(name(document), path, "is missing")
+    for path in _no_quantities(document):
+        yield Problem(name(document), path, "no quantity, such as 500m, 2 or 3Gi")
     if document["kind"] != "MPIJob":
         yield from _by_schema(document, version, name(document))
         return
@@ -113,6 +117,27 @@ def _by_schema(document: Document, version: str, shown_as: str, prefix: str = ""
         yield Problem(shown_as, prefix + path or "the document", str(error.message))
     except schemas.SchemaNotFoundError as error:
         yield Problem(shown_as, "kind", str(error.message))
+
+
+def _no_quantities(part: Any, path: str = "") -> Iterator[str]:
+    """Where a quantity should be, and is not: to the schemas any text is one."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+        where = f"{path}[{key}]" if isinstance(part, list) else f"{path}.{key}".lstrip(".")
+        if key in ("limits", "requests") and isinstance(value, dict):
+            yield from (f"{where}.{kind}" for kind, amount in value.items() if not is_quantity(amount))
+        elif key == "sizeLimit" and not is_quantity(value):
+            yield where
+        else:
+            yield from _no_quantities(value, where)
+
+
+def _hollow(document: Document) -> Iterator[str]:
+    """What the API server wants, and the schemas do not ask for."""
+    kind, spec = document["kind"], document.get("spec") or {}
+    if kind in ("Deployment", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Service") and not spec:
+        yield "spec"
+    elif kind in ("Deployment", "Job") and not spec.get("template", {}).get("spec", {}).get("containers"):
+        yield "spec.template.spec.containers"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ BROKEN = {
     "an unknown clean-up": ("cpu", JOB, "spec.runPolicy.cleanPodPolicy", "Always", SAME, "'Running'"),
     "a negative time to live": ("cpu", JOB, "spec.runPolicy.ttlSecondsAfterFinished", -1, SAME, "greater than or equal to 0"),
     "a name too long for its pods": ("cpu", JOB, "metadata.name", "f" * 60, "spec", "host name"),
+    "a Deployment without a container": ("cpu", TENSORBOARD, "spec.template.spec", DELETED, "spec.template.spec.containers", "is missing"),
     "a worker without a container": ("cpu", JOB, f"{POD}.containers", [], "spec.mpiReplicaSpecs.Worker.template", "a container at least"),
     # What nobody would refuse, and nothing would come of.
     "a gang of one more than there are workers": ("cpu", JOB, "spec.runPolicy.schedulingPolicy", DELETED, "spec", "minAvailable must be the number of workers, 2"),
@@ -140,6 +142,8 @@ BROKEN = {
     "capabilities kept": ("cpu", TENSORBOARD, "spec.template.spec.containers[0].securityContext.capabilities", DELETED, SAME, "['ALL']"),
     "a folder of the node": ("cpu", JOB, f"{POD}.volumes[2]", {"name": "tmp", "hostPath": {"path": "/tmp"}}, f"{POD}.volumes[2].hostPath", "forbidden"),
     "no limit of memory": ("cpu", JOB, f"{WORKER}.resources.limits.memory", DELETED, f"{WORKER}.resources", "memory needs a request and a limit"),
+    "a quantity that is none": ("cpu", JOB, f"{WORKER}.resources.limits.cpu", "two", SAME, "no quantity"),
+    "a size that is none": ("cpu", JOB, f"{POD}.volumes[1].emptyDir.sizeLimit", "half", SAME, "no quantity"),
     "more asked for than allowed": ("cpu", JOB, f"{WORKER}.resources.requests.cpu", "2500m", SAME, "more than its limit"),
     "shared memory larger than memory": ("cpu", JOB, f"{POD}.volumes[1].emptyDir.sizeLimit", "4Gi", f"{WORKER}.volumeMounts[1]", "sizeLimit below"),
     "shared memory on disk": ("cpu", JOB, f"{POD}.volumes[1].emptyDir", {"sizeLimit": "1Gi"}, f"{WORKER}.volumeMounts[1]", "medium: Memory"),
@@ -161,6 +165,7 @@ BROKEN = {
     "GPUs that training does not use": ("gpu-4x1", JOB, f"{LAUNCHER}.args[3]", "run.device=cpu", f"{LAUNCHER}.args", "run.device=cpu, but"),
     "a batch too small for the ranks": ("gpu-2x4", JOB, f"{LAUNCHER}.args[4]", "data.global_batch=7", f"{LAUNCHER}.args", "7 is too small for 8 ranks"),
     "a Service that selects nobody": ("cpu", "Service/tensorboard", "spec.selector", {"app": "tensorboard"}, SAME, "selects no pod: app=tensorboard"),
+    "a Service without a selector": ("cpu", "Service/tensorboard", "spec.selector", DELETED, SAME, "it is empty"),
     "a Service to a port that is not there": ("cpu", "Service/tensorboard", "spec.ports[0].targetPort", "web", SAME, "no pod has a port web"),
     "a Deployment that does not know its pods": ("cpu", TENSORBOARD, "spec.selector.matchLabels", {"app": "tensorboard"}, SAME, "not those of its own"),
     "a fence around nobody": ("cpu", "NetworkPolicy/training", "spec.podSelector.matchLabels", {"app": "job"}, "spec.podSelector", "selects no pod: app=job"),
@@ -170,6 +175,7 @@ BROKEN = {
     # The Indexed Job.
     "fewer pods at once than there are": ("indexed-job", INDEXED, "spec.parallelism", 1, "spec.completions", "are 2, 1 and 2"),
     "other pods than ranks are told": ("indexed-job", INDEXED, f"{TRAINER}.env[0].value", "3", "spec.completions", "are 2, 2 and 3"),
+    "a number of pods in words": ("indexed-job", INDEXED, f"{TRAINER}.env[0].value", "two", "spec.completions", "are 2, 2 and 0"),
     "a coordinator that nobody is": ("indexed-job", INDEXED, f"{TRAINER}.env[2].value", "fashion-mnist", "JOB_COORDINATOR", "pod 0 is called fashion-mnist-0.fashion-mnist"),
     "a rendezvous at another port": ("indexed-job", INDEXED, f"{TRAINER}.env[3].value", "29401", "JOB_COORDINATOR_PORT", "no port of the container"),
     "pods that nobody names": ("indexed-job", "Service/fashion-mnist", "", DELETED, f"{INDEXED_POD}.subdomain", "no Service fashion-mnist"),
@@ -205,6 +211,26 @@ def test_what_is_broken_is_told_with_its_place(row: tuple[Any, ...]) -> None:
     overlay, document, path, value, place, words = row
     found = validate.problems(edited(overlay, document, path, value), VERSION)
     assert any((place or path) in problem.path and words in problem.message for problem in found), list(map(str, found))
+
+
+def paths(part: Any, path: str = "") -> Iterator[str]:
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        where = f"{path}[{key}]" if isinstance(part, list) else f"{path}.{key}".lstrip(".")
+        if "/" not in where:  # the path of a label cannot be told from others
+            yield where
+            if isinstance(value, (dict, list)):
+                yield from paths(value, where)
+
+
+@needs_kubectl
+@pytest.mark.slow
+@pytest.mark.usefixtures("schemas_once")
+@pytest.mark.parametrize("overlay", ["gpu-2x4", "indexed-job"])
+def test_whatever_is_missing_the_answer_is_never_a_traceback(overlay: str) -> None:
+    for document in rendered(overlay):
+        for path in paths(document):
+            if path not in ("apiVersion", "kind", "metadata", "metadata.name"):  # those `read` asks for
+                validate.problems(edited(overlay, checks.name(document), path, DELETED), VERSION)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
