@@ -22,6 +22,7 @@ from job.comm import Comm, connect, peer_errors
 from job.config import Config
 from job.device import choose_device, seed_everything
 from job.preemption import Preemption
+from job.profiler import Profiler
 from job.recorder import Recorder
 from job.resume import open_checkpoints
 from job.sampler import Sampler
@@ -60,11 +61,12 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         checkpoints = stack.enter_context(open_checkpoints(config, comm, data.digests(config.data, dataset)))
         checkpoints.resume(state)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps))
+        profiler = stack.enter_context(Profiler(config, comm, learner))
         for step in range(learner.steps, total_steps):
             epoch, index = divmod(step, sampler.steps_per_epoch)
             shares = [sampler.share(epoch, index, comm.rank, comm.size, micro, micros) for micro in range(micros)]
             stop = bool(preemption.signal) or checkpoints.failing
-            with comm.guard(f"step {step + 1}"):
+            with profiler.step(step + 1), comm.guard(f"step {step + 1}"):
                 learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop)
 
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
@@ -91,7 +93,7 @@ def main() -> None:
     """Parse, join the other ranks, train, leave together."""
     config = parse()
     lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
-    comm = connect(config.run.step_timeout_seconds)
+    comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled))
     with peer_errors():
         train(config, comm)
         comm.close()
