@@ -189,9 +189,12 @@ def test_an_error_in_the_run_is_not_covered_by_a_warning(tmp_path: Path, capsys:
 
 SLOW_FEED = """
 import time
-from job import command, steps, train
+from job import train  # first: it shares out the cores before MXNet is imported
+from job import command, steps
+import mxnet
 
 def slowly(self, *arguments, original=steps.Feed.__call__):
+    mxnet.nd.waitall()  # so that no operator hides it
     time.sleep(0.25)
     return original(self, *arguments)
 
@@ -228,7 +231,7 @@ def table(printed: str) -> dict[str, tuple[float, float]]:
 
 def test_an_input_that_is_slow_shows_as_input(slow_feed: tuple[Path, str, str]) -> None:
     rows = table(slow_feed[1])
-    assert rows["input"][1] == max(share for part, (_, share) in rows.items() if part != "whole")
+    assert rows["input"][0] >= 500  # milliseconds a step, of two batches
     assert rows["compute"][0] > 0 and rows["wait"][0] == rows["allreduce"][0] == 0
 
 
