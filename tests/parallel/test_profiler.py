@@ -51,12 +51,13 @@ command.run(train.main)
 PLAIN = "from job import train, command; command.run(train.main)"
 
 
-def run(script: str, folder: Path, *overrides: str, controller: str = "gloo") -> tuple[int, str]:
-    """The exit code of a run of 6 steps on two ranks, and what it printed."""
+def run(script: str, folder: Path, *overrides: str, controller: str = "gloo", **variables: str) -> tuple[int, str]:
+    """The exit code of a run of 6 steps on two ranks, with these environment variables, and what it printed."""
     data = synthetic.write(folder.parent / "data")
     (file := folder.parent / "train.py").write_text(script)
     command = [*launcher(2, controller), str(file), *data, f"run.dir={folder}", "train.epochs=1", *overrides]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    environ = {**environment(), **variables}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -114,8 +115,11 @@ def test_a_profiled_run_that_is_stopped_and_goes_on_profiles_the_rest_and_learns
     assert steps_in(profile / "steps-2-6.rank1.json") == [f"step {step}" for step in range(2, stopped + 1)]
     assert allreduces(profile / "steps-2-6.horovod.json")["horovod_allreduce.sync_batch_norm.0.forward"] == stopped - 1
 
-    code, printed = run(PLAIN, tmp_path / "run", *profiled)
+    whole = tmp_path / "whole.json"  # a timeline of the whole run, which the user has asked Horovod for
+    code, printed = run(PLAIN, tmp_path / "run", *profiled, HOROVOD_TIMELINE=str(whole))
     assert code == 0, printed
+    assert "Horovod's timeline: none, as HOROVOD_TIMELINE names another" in printed
+    assert allreduces(whole)["horovod_allreduce.sync_batch_norm.0.forward"] == 6 - stopped
     rest = f"{stopped + 1}-6" if stopped < 5 else "6"
     assert f"profile: steps {rest} on 2 ranks" in printed
     assert {file: file.read_bytes() for file in before} == before

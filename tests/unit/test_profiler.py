@@ -45,6 +45,9 @@ SPLITS: dict[str, tuple[list[Span], list[int], list[int]]] = {
     "what begins before the window and ends after it is cut": ([span("operator", -50, 900)], [], [100, 0, 0, 0, 0]),
     "a collective is waiting first and allreduce then": ([span("collective", 10, 60)], [20], [0, 30, 20, 0, 50]),
     "the last rank to come does not wait": ([span("collective", 10, 60)], [50], [0, 0, 50, 0, 50]),
+    "a collective that waits beside one that is on its way costs nothing": (
+        [span("collective", 10, 60), span("collective", 20, 70)], [50, 10], [0, 0, 60, 0, 40],
+    ),
     "what an operator hides costs nothing": (
         [span("collective", 10, 60), span("input", 0, 30), span("operator", 5, 55)], [20], [50, 0, 5, 5, 40],
     ),
