@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Optional
 
 import mxnet as mx
@@ -21,6 +22,8 @@ from job.errors import PeerLostError
 from job.placement import placement
 from job.roll_call import RollCall
 from job.watchdog import Watchdog, is_orphan, tell
+
+_TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
 
 class Comm:
@@ -68,6 +71,13 @@ class Comm:
         """Wait until all ranks are here."""
         self.sum(np.zeros(1), name)
 
+    def start_timeline(self, file: Path) -> bool:
+        """Have rank 0 write Horovod's timeline to ``file`` from now on; whether that is possible here."""
+        return False
+
+    def stop_timeline(self) -> None:
+        """Complete the file that :meth:`start_timeline` has begun."""
+
     def guard(self, what: str, limit_seconds: Optional[float] = None) -> AbstractContextManager[None]:
         """Bound the time that the block may wait for other ranks, by default by the limit of every wait."""
         return nullcontext()
@@ -85,12 +95,16 @@ class HorovodComm(Comm):
     Args:
         timeout_seconds: the longest wait for another rank.
         process_set: a ``horovod.mxnet.ProcessSet``; by default all ranks. ``rank`` and ``size`` are those within it.
+        timeline: whether :meth:`start_timeline` will be called. It has its price all the time: from the start to the
+            end rank 0 has a thread that never sleeps.
     """
 
-    def __init__(self, timeout_seconds: float, process_set: Any = None) -> None:
+    def __init__(self, timeout_seconds: float, process_set: Any = None, timeline: bool = False) -> None:
         import horovod.mxnet as hvd
 
         super().__init__()
+        if timeline:
+            os.environ.setdefault(_TIMELINE, _ON_DEMAND)
         self._hvd = hvd
         self._entered = 0  # collectives
         self._clock = threading.Lock()  # of blocked_seconds: MXNet's threads sum too
@@ -126,6 +140,16 @@ class HorovodComm(Comm):
 
     def guard(self, what: str, limit_seconds: Optional[float] = None) -> AbstractContextManager[None]:
         return self._watchdog.guard(f"rank {self.rank}: {what}", limit_seconds)
+
+    def start_timeline(self, file: Path) -> bool:
+        if os.environ.get(_TIMELINE) != _ON_DEMAND:  # the user has Horovod write one of the whole run
+            return False
+        self._hvd.start_timeline(str(file))
+        return True
+
+    def stop_timeline(self) -> None:
+        if os.environ.get(_TIMELINE) == _ON_DEMAND:
+            self._hvd.stop_timeline()
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
@@ -174,6 +198,6 @@ def peer_errors() -> Iterator[None]:
         raise
 
 
-def connect(timeout_seconds: float) -> Comm:
+def connect(timeout_seconds: float, timeline: bool = False) -> Comm:
     """Join the job that the launcher announced; a process on its own if there was no launcher."""
-    return HorovodComm(timeout_seconds) if placement().size > 1 else Comm()
+    return HorovodComm(timeout_seconds, timeline=timeline) if placement().size > 1 else Comm()

@@ -58,6 +58,19 @@ class Section(BaseModel):
         return value
 
 
+def _steps(text: str) -> range:
+    """The step numbers that a text such as ``100-110`` or ``7`` names."""
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    if not found:
+        raise ValueError("input should be FIRST-LAST or one step, such as 100-110")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if first < 1:
+        raise ValueError("steps are counted from 1")
+    if last < first:
+        raise ValueError("the range ends before it begins")
+    return range(first, last + 1)
+
+
 class RunConfig(Section):
     dir: Path = Field(Path("runs/fashion_mnist"), description="folder that receives all that the run writes")
     overwrite: bool = Field(False, description="replace the run that run.dir already holds")
@@ -71,6 +84,19 @@ class RunConfig(Section):
         "stop", description="loss or gradient NaN or infinite: end, or skip the update"
     )
     step_timeout_seconds: float = Field(300.0, gt=0, description="longest wait for another rank, in seconds")
+    profile_steps: Optional[str] = Field(None, description="steps to profile: FIRST-LAST or one; the first is 1")
+
+    @property
+    def profiled(self) -> range:
+        """The numbers of the steps to profile."""
+        return range(0) if self.profile_steps is None else _steps(self.profile_steps)
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _names_steps(cls, value: Optional[str]) -> Optional[str]:
+        if value is not None:
+            _steps(value)
+        return value
 
     @field_validator("resume_ignoring")
     @classmethod
@@ -252,6 +278,11 @@ class Config(Section):
             )
         if self.schedule.warmup_epochs >= self.train.epochs:
             raise ValueError("schedule.warmup_epochs must be less than train.epochs")
+        if self.train.max_steps and self.run.profiled.stop > self.train.max_steps + 1:
+            raise ValueError(
+                f"run.profile_steps={self.run.profile_steps} goes beyond the last step, train.max_steps="
+                f"{self.train.max_steps}"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -21,8 +21,8 @@ from job.state import RunState
 # true of the number of ranks. A run may be made longer; with a cosine schedule that changes what it learns.
 _FREE = {
     "run.dir", "run.overwrite", "run.device", "run.resume", "run.resume_ignoring", "run.on_nonfinite",
-    "run.step_timeout_seconds", "train.epochs", "train.max_steps", "train.log_every_steps", "data.dir",
-    "data.cache_dir", "data.mirrors", "data.batch_per_rank", "data.test_batch_per_rank",
+    "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps", "train.log_every_steps",
+    "data.dir", "data.cache_dir", "data.mirrors", "data.batch_per_rank", "data.test_batch_per_rank",
     "data.download_timeout_seconds", "data.download_attempts", "data.lock_timeout_seconds", "checkpoint.every_steps",
     "checkpoint.keep",
 }  # fmt: skip

@@ -13,10 +13,10 @@ from typing import IO, Any
 from job.config import Config
 from job.errors import CheckpointError, JobError, UsageError
 
-CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS = (
-    "config.yaml", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints",
+CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE = (
+    "config.yaml", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints", "profile",
 )  # fmt: skip
-CONTENTS = (CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS)
+CONTENTS = (CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE)
 LOCK = "lock"
 
 

@@ -22,6 +22,7 @@ from job.comm import Comm, connect, peer_errors
 from job.config import Config
 from job.device import choose_device, seed_everything
 from job.preemption import Preemption
+from job.profiler import Profiler
 from job.recorder import Recorder
 from job.resume import open_checkpoints
 from job.sampler import Sampler
@@ -62,13 +63,14 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         checkpoints.resume(state)
         subject = Subject(config, learner, dataset.test)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))
+        profiler = stack.enter_context(Profiler(config, comm, learner))
         for step in range(learner.steps, total_steps):
             epoch, index = divmod(step, sampler.steps_per_epoch)
             shares = [sampler.share(epoch, index, comm.rank, comm.size, micro, micros) for micro in range(micros)]
             stop = bool(preemption.signal) or checkpoints.failing
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
             logs = epoch_ends or (step + 1) % config.train.log_every_steps == 0
-            with comm.guard(f"step {step + 1}"):
+            with profiler.step(step + 1), comm.guard(f"step {step + 1}"):
                 learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop, logs)
 
             if logs:
@@ -94,7 +96,7 @@ def main() -> None:
     """Parse, join the other ranks, train, leave together."""
     config = parse()
     lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
-    comm = connect(config.run.step_timeout_seconds)
+    comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled))
     with peer_errors():
         train(config, comm)
         comm.close()

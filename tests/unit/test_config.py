@@ -85,6 +85,20 @@ BAD_FILES = {
     "URL of another scheme": ("data: {mirrors: ['ftp://x/']}", ["data.mirrors", "'ftp://x/'", "http"]),
     "URL without a host": ("data: {mirrors: ['https:///x']}", ["data.mirrors", "'https:///x'", "http"]),
     "one URL, not a list": ("data: {mirrors: 'https://x/'}", ["data.mirrors", "list"]),
+    "steps in words": ("run: {profile_steps: some}", ["run.profile_steps", "FIRST-LAST", "'some'", "broken.yaml"]),
+    "steps without their end": ("run: {profile_steps: 100-}", ["run.profile_steps", "FIRST-LAST", "'100-'"]),
+    "steps without their beginning": ("run: {profile_steps: '-7'}", ["run.profile_steps", "FIRST-LAST", "'-7'"]),
+    "fraction of a step": ("run: {profile_steps: 1.5}", ["run.profile_steps", "FIRST-LAST", "1.5"]),
+    "three steps": ("run: {profile_steps: 1-2-3}", ["run.profile_steps", "FIRST-LAST", "'1-2-3'"]),
+    "steps apart": ("run: {profile_steps: 1 - 2}", ["run.profile_steps", "FIRST-LAST", "'1 - 2'"]),
+    "list of steps": ("run: {profile_steps: [1, 2]}", ["run.profile_steps", "string", "[1, 2]"]),
+    "no steps": ("run: {profile_steps: ''}", ["run.profile_steps", "FIRST-LAST", "''"]),
+    "yes for steps": ("run: {profile_steps: yes}", ["run.profile_steps", "boolean"]),
+    "step zero": ("run: {profile_steps: 0-5}", ["run.profile_steps", "counted from 1", "'0-5'"]),
+    "steps that go backward": ("run: {profile_steps: 9-5}", ["run.profile_steps", "ends before it begins", "'9-5'"]),
+    "steps beyond the last": (
+        "{run: {profile_steps: 35-41}, train: {max_steps: 40}}", ["run.profile_steps=35-41", "train.max_steps=40"],
+    ),
     # YAML
     "unclosed bracket": ("run:\n  seed: 1\ntrain: {epochs: 1", ["broken.yaml", "not valid YAML", "line 3"]),
     "tab as indentation": ("train:\n\tepochs: 2", ["broken.yaml", "not valid YAML", "line 2"]),
@@ -113,6 +127,7 @@ BAD_OVERRIDES = {
     "boolean": (["train.epochs=yes"], ["train.epochs", "boolean", "command line"]),
     "out of range": (["run.seed=-1"], ["run.seed", "greater than or equal to 0", "command line"]),
     "half a list": (["run.seed=[1"], ["run.seed", "integer", "'[1'"]),
+    "steps on the command line": (["run.profile_steps=9-5"], ["run.profile_steps", "'9-5'", "command line"]),
     "the last one counts": (["run.seed=1", "run.seed=x"], ["run.seed", "'x'"]),
     "batch per rank beside the default's global batch": (["data.batch_per_rank=8"], ["global_batch", "null"]),
 }
@@ -279,6 +294,13 @@ def test_a_global_batch_is_the_same_for_all_ranks(tmp_path: Path) -> None:
 def test_the_learning_rate_may_be_scaled_with_a_batch_per_rank(tmp_path: Path) -> None:
     config = load(tmp_path, "{data: {batch_per_rank: 64}, optimizer: {scale_learning_rate: linear}}")
     assert config.optimizer.scale_learning_rate == "linear"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("null", []), ("7", [7]), ("7-7", [7]), ("9-11", [9, 10, 11]), ("39-40", [39, 40])]
+)
+def test_steps_to_profile_are_named_one_by_one(tmp_path: Path, text: str, steps: list[int]) -> None:
+    assert list(load(tmp_path, "train: {max_steps: 40}", f"run.profile_steps={text}").run.profiled) == steps
 
 
 def test_any_data_is_accepted_from_a_named_folder(tmp_path: Path) -> None:

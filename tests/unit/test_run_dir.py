@@ -12,7 +12,7 @@ from job import run_dir
 from job.config import Config, RunConfig, load_config
 from job.errors import CheckpointError, JobError, UsageError
 
-CONTENTS = ("config.yaml", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints")
+CONTENTS = ("config.yaml", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints", "profile")
 
 
 def config(folder: Path, overwrite: bool = False) -> Config:
