@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 from string import Template
-from typing import Any
+from typing import Any, Optional
 
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job import command, curves
 from job.errors import JobError
-from job.history import History, read_runs
+from job.history import History, Record, read_runs
 from job.run_dir import write_whole
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -55,22 +56,29 @@ def _colour(place: int) -> str:
 
 
 def _headline(best: History, runs: Sequence[History]) -> str:
-    accuracy, name, steps = best.last_test("accuracy"), escape(best.name), _count(best.records[-1]["step"], "step")
-    if accuracy is None:
-        return f"<strong>{steps}</strong> of {name}, and no evaluation yet"
-    among = f", the highest of {len(runs)} runs" if len(runs) > 1 else ""
-    return f"<strong>{accuracy:.4f}</strong> test accuracy of {name} after {steps}{among}"
+    name, measured = escape(best.name), best.evaluations()
+    if not measured:
+        return f"<strong>{_count(best.records[-1]['step'], 'step')}</strong> of {name}, and no evaluation yet"
+    last, among = measured[-1], f", the highest of {len(runs)} runs" if len(runs) > 1 else ""
+    return (
+        f"<strong>{last['accuracy']:.4f}</strong> test accuracy of {name} after {_count(last['step'], 'step')}{among}"
+    )
 
 
 def _facts(run: History) -> str:
     facts = []
     if examples := run.last_test("examples"):
         facts.append(f"Measured on {_count(examples, 'test image')}.")
-    if peak := run.best_test():
+    if peak := _peak(run):
         facts.append(f"Best at an evaluation: {peak['accuracy']:.4f} after {_count(peak['step'], 'step')}.")
     if not run.summary:
         facts.append("The run is not complete: it is going on, or it was stopped.")
     return f"<p>{escape(' '.join(facts))}</p>"
+
+
+def _peak(run: History) -> Optional[Record]:
+    """The evaluation with the highest accuracy, the first of equals."""
+    return max(run.evaluations(), key=lambda record: record["accuracy"], default=None)
 
 
 def _curves(runs: Sequence[History]) -> str:
@@ -86,7 +94,7 @@ def _curves(runs: Sequence[History]) -> str:
 
 
 def _row(run: History, place: int) -> list[str]:
-    peak = run.best_test()
+    peak = _peak(run)
     speeds = run.series("train", "images_per_second")[1]
     speed = run.summary.get("images_per_second", median(speeds) if speeds else None)
     return [
@@ -227,7 +235,7 @@ def _count(how_many: int, what: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _figure(value: Any, form: str) -> str:
@@ -257,8 +265,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run (run.dir)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first RUN")
     options = parser.parse_args()
-    runs = read_runs(options.runs)
     output = options.output or options.runs[0] / "report.html"
+    if output.is_dir():
+        parser.error(f"{output} is a folder; --output names a file")
+    runs = read_runs(options.runs)
     try:
         write_whole(output, page(runs))
     except OSError as error:
