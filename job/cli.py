@@ -1,8 +1,9 @@
-"""The command line of training: ``[--config FILE] [--check] [key.path=value ...]``."""
+"""The command line of training: ``[--config FILE] [--check] [--quiet] [key.path=value ...]``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     """The configuration that the command line asks for, checked against all that can be known before ranks start.
 
-    ``--help`` and ``--check`` end the process with exit code 0.
+    ``--help`` and ``--check`` end the process with exit code 0. After ``--quiet`` standard output leads nowhere.
 
     Raises:
         UsageError: the command line, the configuration, or the run directory is not usable.
@@ -49,8 +50,13 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     parser.add_argument(
         "--check", action="store_true", help="check everything, print the resolved config, start nothing"
     )
+    parser.add_argument(
+        "--quiet", action="store_true", help="print warnings and errors only: nothing, if the run succeeds"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
     options = parser.parse_intermixed_args(arguments)
+    if options.quiet:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
     config = load_config(options.config, options.overrides)
     require_samples(config, placement().size, config.data.global_batch_of(placement().size))
     if placement().rank == 0:

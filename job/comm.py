@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional
@@ -28,6 +30,7 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
+    blocked_seconds = 0.0  # that threads of this process have waited in :meth:`sum`, since its start
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -90,6 +93,7 @@ class HorovodComm(Comm):
         super().__init__()
         self._hvd = hvd
         self._entered = 0  # collectives
+        self._clock = threading.Lock()  # of blocked_seconds: MXNet's threads sum too
         self._roll_call = RollCall(placement().rank, lambda: self._entered)
         self._watchdog = Watchdog(timeout_seconds, self._expire, is_orphan)
         if not hvd.is_initialized():
@@ -123,8 +127,12 @@ class HorovodComm(Comm):
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
             total = mx.nd.array(values, dtype="float64")
             self._entered += 1
+            started = time.perf_counter()
             self._hvd.allreduce_(total, average=False, name=name, **self._options)
-            return total.asnumpy()
+            result = total.asnumpy()
+            with self._clock:
+                self.blocked_seconds += time.perf_counter() - started
+            return result
 
     def broadcast_bytes(self, content: bytes, name: str) -> bytes:
         own = len(content) if self.rank == 0 else 0

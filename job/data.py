@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_ITEMS = 1_000_000  # a header that promises more is damaged, or a bomb
 POLL_SECONDS = 0.05
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 Mapped = np.memmap[Any, np.dtype[np.uint8]]

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
+from job.evaluation import Evaluation
 from job.metrics import Totals
-from job.writers import Writer
+from job.records import Writer
 
 
 class Recorder:
     """Turns totals into records and hands them to the writers. The same on every rank; only rank 0 has writers."""
 
-    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+    def __init__(self, writers: Sequence[Writer] = (), ranks: int = 1) -> None:
         self.writers = writers
+        self._ranks = ranks
         self._epoch = Totals()
         self._trained = 0.0
         self._train_seconds = 0.0
@@ -23,8 +25,11 @@ class Recorder:
         self._last_test: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
 
-    def train(self, step: int, epoch: int, totals: Totals, learning_rate: float) -> None:
-        """Record the training samples since the last call, after ``step`` steps of the run."""
+    def train(self, step: int, epoch: int, totals: Totals, learning_rate: float, **vitals: Any) -> None:
+        """Record the training samples since the last call, after ``step`` steps of the run, and what else is known.
+
+        What a clock has measured, and no two runs have alike, is in ``images_per_second`` and ``pace`` alone.
+        """
         seconds = time.perf_counter() - self._window_started
         self._trained += totals.count
         self._train_seconds += seconds
@@ -37,24 +42,29 @@ class Recorder:
             accuracy=totals.accuracy,
             learning_rate=learning_rate,
             images_per_second=totals.count / seconds,
+            **vitals,
         )
         self._window_started = time.perf_counter()
 
-    def test(self, step: int, epoch: int, totals: Totals) -> None:
+    def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """Record an evaluation, beside the training samples of the whole epoch before it."""
         self._last_test = {
             "step": step,
             "epoch": epoch,
             "split": "test",
-            "loss": totals.loss,
-            "accuracy": totals.accuracy,
-            "examples": int(totals.count),
+            "loss": evaluation.loss,
+            "accuracy": evaluation.accuracy,
+            "examples": int(evaluation.count),
             "train_loss": self._epoch.loss,
             "train_accuracy": self._epoch.accuracy,
         }
-        if not self._best or totals.accuracy > self._best["best_test_accuracy"]:
-            self._best = {"best_test_accuracy": totals.accuracy, "best_step": step}
-        self._write(**self._last_test)
+        if not self._best or evaluation.accuracy > self._best["best_test_accuracy"]:
+            self._best = {"best_test_accuracy": evaluation.accuracy, "best_step": step}
+        self._write(
+            **self._last_test,
+            confusion=evaluation.confusion.tolist(),
+            mistakes=[mistake._asdict() for mistake in evaluation.mistakes],
+        )
         self._epoch = Totals()
         self._window_started = time.perf_counter()
 
@@ -100,7 +110,7 @@ class Recorder:
 
     def _write(self, **record: Any) -> None:
         for writer in self.writers:
-            writer.write(record)
+            writer.write({**record, "ranks": self._ranks})
 
 
 def versions() -> dict[str, Optional[str]]:

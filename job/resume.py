@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,7 @@ def _find(config: Config, warn: Callable[[str], None]) -> Optional[Checkpoint]:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", flush=True)
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _value(values: Any, key: str) -> Any:

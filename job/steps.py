@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from job.comm import Comm
 from job.config import OptimizerConfig, TrainConfig
 from job.data import Split
 from job.errors import DivergedError
+from job.evaluation import Evaluation, evaluate
 from job.metrics import Meter, Totals
+from job.models import CLASSES
+from job.pace import Pace
 from job.sampler import Span
 
 
@@ -51,6 +55,14 @@ class Feed(NamedTuple):
         return images.expand_dims(1).astype(self.dtype) / 255, labels
 
 
+class Verdict(NamedTuple):
+    """What is known of a step when it is done: arrays that MXNet is still computing."""
+
+    own: mx.nd.NDArray  # ready when this rank's own gradients are
+    summed: mx.nd.NDArray  # ready when those of all ranks have been added up
+    numbers: mx.nd.NDArray  # loss, votes to stop, squared norm of each gradient
+
+
 class Learner:
     """A network and its optimizer, trained on global batches.
 
@@ -85,11 +97,21 @@ class Learner:
         self._gradients = [p.grad() for p in parameters.values() if p.grad_req != "null"]
         self._gradients_name = comm.fresh_name("gradients")
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
+        self._weights = [p.data() for p in parameters.values() if p.grad_req != "null"]
         self._skips = on_nonfinite == "skip"
-        self._verdict: mx.nd.NDArray | None = None
+        self._verdict: Verdict | None = None
+        self._gradient_norm = math.nan
+        self._change: mx.nd.NDArray | None = None
+        self.pace = Pace(comm)
 
     def step(
-        self, split: Split, shares: list[np.ndarray], global_batch: int, learning_rate: float, stop: bool = False
+        self,
+        split: Split,
+        shares: list[np.ndarray],
+        global_batch: int,
+        learning_rate: float,
+        stop: bool = False,
+        measure: bool = False,
     ) -> None:
         """Train on one global batch.
 
@@ -99,11 +121,16 @@ class Learner:
             global_batch: the number of samples in the batch, over all ranks and micro-batches.
             learning_rate: of this step.
             stop: whether this rank asks all ranks to stop; they see it in ``stopping``, together, a step later.
+            measure: whether :meth:`vitals` is to tell how far the step moves the weights, which takes a copy of them.
 
         Raises:
             DivergedError: of the step before, or of this one if updates that are not finite are skipped.
         """
+        if self._verdict is None:
+            self.pace.start()
         statistics = [array.copy() for array in self._statistics] if self._skips else []
+        weights = [array.copy() for array in self._weights] if measure else []
+        self._change = None
         accumulated, objective = None, 0.0
         for samples in shares:
             objective = self._backward(*self.feed(split, samples), global_batch) + objective
@@ -112,15 +139,19 @@ class Learner:
                 accumulated = self._plus_gradients(accumulated)
         if accumulated is not None:
             self._set_gradients(accumulated)
-        before, self._verdict = self._verdict, self._sum_over_ranks(objective, stop)
+        before, (self._verdict, squares) = self._verdict, self._sum_over_ranks(objective, stop)
         self._judge(before)  # Python may run one step ahead of the device, not more
+        self.pace.count(sum(map(len, shares)))
         self.steps += 1
         if self._skips and not self._finite():
             self._undo(statistics, len(shares))
             return
-        self._clip()
+        self._clip(squares)
         self.trainer.set_learning_rate(learning_rate)
         self.trainer.update(1)
+        if measure:
+            moved = [new - old for new, old in zip(self._weights, weights)]
+            self._change = mx.nd.concat(_squares(moved).sum(), _squares(weights).sum(), dim=0)
 
     def settle(self) -> None:
         """Wait for the last step. Asked on all ranks after the same step.
@@ -140,6 +171,20 @@ class Learner:
         self.settle()
         return self.meter.reduce()
 
+    def vitals(self) -> dict[str, Any]:
+        """What else is worth a look, beside loss and accuracy. All ranks call it together, when the step is settled.
+
+        ``gradient_norm`` is that of the last step, over all ranks and before clipping. ``update_ratio`` is the L2 norm
+        of what the last step added to the weights, over the norm that they had; NaN if it was not measured or skipped.
+        ``pace`` is that of each rank since the last call.
+        """
+        moved, weights = (math.nan, 1.0) if self._change is None else self._change.asnumpy().tolist()
+        return {
+            "gradient_norm": self._gradient_norm,
+            "update_ratio": math.sqrt(moved / weights) if weights else math.nan,
+            "pace": self.pace.gather(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """How far the run is."""
         return {"steps": self.steps, "skipped": self.skipped}
@@ -157,22 +202,28 @@ class Learner:
         self.meter.add(losses, logits, labels)
         return objective
 
-    def _sum_over_ranks(self, objective: mx.nd.NDArray, stop: bool) -> mx.nd.NDArray:
-        """Sum the gradients. What the ranks then know together: loss, votes to stop, squared norm of each gradient."""
+    def _sum_over_ranks(self, objective: mx.nd.NDArray, stop: bool) -> tuple[Verdict, mx.nd.NDArray]:
+        """Sum the gradients. What the ranks then know together, and of that the squared norm of each gradient."""
+        own = self._gradients[0].slice_axis(axis=0, begin=0, end=1)  # backward comes to the first layer last
         votes = mx.nd.concat(objective.reshape((1,)), mx.nd.full((1,), stop, objective.context, objective.dtype), dim=0)
         self.comm.allreduce_([*self._gradients, votes], self._gradients_name)  # travels with them, and costs nothing
-        squares = mx.nd.multi_sum_sq(*self._gradients, num_arrays=len(self._gradients))
-        return mx.nd.concat(votes.astype("float32"), squares, dim=0)
+        squares = _squares(self._gradients)
+        return Verdict(own, votes, mx.nd.concat(votes.astype(squares.dtype), squares, dim=0)), squares
 
-    def _judge(self, verdict: mx.nd.NDArray | None) -> None:
+    def _judge(self, verdict: Verdict | None) -> None:
         if verdict is None:
             return
-        loss, votes, *squares = verdict.asnumpy().tolist()
+        verdict.own.wait_to_read()
+        ready = time.perf_counter()
+        verdict.summed.wait_to_read()
+        self.pace.done(time.perf_counter() - ready)
+        loss, votes, *squares = verdict.numbers.asnumpy().tolist()
+        self._gradient_norm = math.sqrt(sum(squares))
         self.stopping = self.stopping or votes > 0
         if not math.isfinite(loss + sum(squares)):
             step = self.steps
             raise DivergedError(
-                f"step {step}: the loss is {loss:g} and the gradient's norm {math.sqrt(sum(squares)):g}; the last"
+                f"step {step}: the loss is {loss:g} and the gradient's norm {self._gradient_norm:g}; the last"
                 " checkpoint is from before it. Lower optimizer.learning_rate, set train.clip_gradient_norm, or drop"
                 " such updates with run.on_nonfinite=skip"
             )
@@ -201,20 +252,28 @@ class Learner:
         for gradient, value in zip(self._gradients, values):
             gradient[:] = value
 
-    def _clip(self) -> None:
+    def _clip(self, squares: mx.nd.NDArray) -> None:
         limit = self.config.clip_gradient_norm
         if limit is not None:
-            squares = mx.nd.add_n(*(gradient.square().sum() for gradient in self._gradients))
-            scale = limit / mx.nd.maximum(squares.sqrt(), limit)
+            scale = limit / mx.nd.maximum(squares.sum().sqrt(), limit)
             self._set_gradients(mx.nd.broadcast_mul(g, scale.reshape((1,) * g.ndim)) for g in self._gradients)
 
-    def evaluate(self, split: Split, batch_per_rank: int) -> Totals:
+    def evaluate(self, split: Split, batch_per_rank: int) -> Evaluation:
         """Loss and accuracy over every sample of ``split`` exactly once, each on one rank."""
-        meter = Meter(self.comm, "test metrics")
         own = Span(0, len(split.labels)).part(self.comm.rank, self.comm.size)
         batches = -(-len(own) // batch_per_rank)
+        outcomes = []
         for index in range(batches):
             images, labels = self.feed(split, slice(*own.part(index, batches)))
             logits = self.net(images)
-            meter.add(cross_entropy(logits, labels), logits, labels)
-        return meter.reduce()
+            outcomes.append(mx.nd.stack(cross_entropy(logits, labels), logits.argmax(axis=1)))
+        # Waited for at the end; a rank may have no samples.
+        losses, predicted = np.concatenate([np.zeros((2, 0)), *(rows.asnumpy() for rows in outcomes)], axis=1)
+        return evaluate(self.comm, split.labels, own.start, losses, predicted, CLASSES)
+
+
+def _squares(arrays: list[mx.nd.NDArray]) -> mx.nd.NDArray:
+    """The sum of the squares of each array, (len(arrays),), in the arrays' type."""
+    if arrays[0].dtype == np.float64:  # multi_sum_sq is float32, whatever it adds up
+        return mx.nd.concat(*(array.square().sum() for array in arrays), dim=0)
+    return mx.nd.multi_sum_sq(*arrays, num_arrays=len(arrays))

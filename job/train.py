@@ -29,6 +29,7 @@ from job.schedule import Schedule, peak_learning_rate
 from job.state import RunState
 from job.steps import Feed, Learner
 from job.sync_batch_norm import convert_sync_batch_norm
+from job.tensorboard import Subject
 from job.writers import open_writers
 
 
@@ -52,24 +53,26 @@ def train(config: Config, comm: Comm) -> HybridBlock:
     learner = Learner(net, comm, feed, config.train, config.optimizer, config.run.on_nonfinite)
     peak = peak_learning_rate(config.optimizer, comm.size)
     schedule = Schedule(config.schedule, peak, sampler.steps_per_epoch, total_steps)
-    recorder = Recorder()
+    recorder = Recorder(ranks=comm.size)
     state = RunState(learner, recorder, config.run.seed)
 
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
         checkpoints = stack.enter_context(open_checkpoints(config, comm, data.digests(config.data, dataset)))
         checkpoints.resume(state)
-        recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps))
+        subject = Subject(config, learner, dataset.test)
+        recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))
         for step in range(learner.steps, total_steps):
             epoch, index = divmod(step, sampler.steps_per_epoch)
             shares = [sampler.share(epoch, index, comm.rank, comm.size, micro, micros) for micro in range(micros)]
             stop = bool(preemption.signal) or checkpoints.failing
-            with comm.guard(f"step {step + 1}"):
-                learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop)
-
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
-            if epoch_ends or (step + 1) % config.train.log_every_steps == 0:
-                recorder.train(step + 1, epoch, learner.totals(), schedule(step))
+            logs = epoch_ends or (step + 1) % config.train.log_every_steps == 0
+            with comm.guard(f"step {step + 1}"):
+                learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop, logs)
+
+            if logs:
+                recorder.train(step + 1, epoch, learner.totals(), schedule(step), **learner.vitals())
             if epoch_ends:
                 recorder.test(step + 1, epoch, learner.evaluate(dataset.test, config.data.test_batch_per_rank))
             if epoch_ends or learner.stopping or (step + 1) % (config.checkpoint.every_steps or sys.maxsize) == 0:

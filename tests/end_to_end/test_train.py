@@ -70,7 +70,10 @@ def test_the_resolved_config_is_kept_and_repeats_the_run(smoke: tuple[Path, str]
 def test_tensorboard_reads_the_scalars_of_steps_and_evaluation(smoke: tuple[Path, str]) -> None:
     events = EventAccumulator(str(smoke[0] / "tensorboard")).Reload()
     tags = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "optimizer/learning_rate"}
-    assert tags | {"throughput/images_per_second"} <= set(events.Tags()["scalars"])
+    by_rank = {
+        f"{name}/{r}" for name in ("ranks/compute_seconds", "ranks/wait_seconds", "memory/rss_bytes") for r in (0, 1)
+    }
+    assert tags | by_rank | {"throughput/images_per_second"} <= set(events.Tags()["scalars"])
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 41))
     logged = [record["loss"] for record in records_of(smoke[0]) if record["split"] == "train"]
@@ -101,6 +104,19 @@ def test_one_rank_without_a_launcher_and_four_with_it_see_the_same_first_batches
     one, four = (records_of(tmp_path / name) for name in ("one", "four"))
     assert [record["loss"] for record in four[:2]] == pytest.approx([record["loss"] for record in one[:2]], rel=1e-5)
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["test_examples"] == 10000
+
+
+def test_a_quiet_run_prints_nothing_and_leaves_everything(tmp_path: Path) -> None:
+    command = ["python", str(ROOT / "job" / "train.py"), "--quiet", *SMOKE, "train.max_steps=2", "run.dir=run"]
+    done = user_runs(command, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_quiet_run_that_fails_says_why(tmp_path: Path) -> None:
+    command = ["python", str(ROOT / "job" / "train.py"), "--quiet", *SMOKE, "run.dir=run", "data.dir=nowhere"]
+    done = user_runs(command, tmp_path)
+    assert (done.returncode, done.stdout) == (1, "") and "nowhere" in done.stderr
 
 
 @pytest.mark.parametrize(

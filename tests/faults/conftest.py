@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests import synthetic
+from tests.examples import MEASURED
 from tests.parallel.conftest import ROOT, environment, launcher
 
 PATIENCE = 90.0  # seconds for a run of 4 s; a failing test waits so long, a passing one does not
@@ -69,7 +70,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
     def weights(self, step: int = 18) -> str:
         """The hash of the weights and the optimizer's arrays after ``step`` steps."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from job import recorder
+from job.evaluation import Evaluation, Mistake
 from job.metrics import Totals
 from job.recorder import Recorder
-from job.writers import Writer
+from job.records import Writer
 
 
 class Clock:
@@ -53,11 +55,11 @@ def run_two_epochs(memory: Memory, clock: Clock) -> Recorder:
     clock.now += 4
     recorder.train(4, 0, Totals(50.0, 40.0, 50.0), 0.2)
     clock.now += 50
-    recorder.test(4, 0, Totals(20.0, 30.0, 40.0))
+    recorder.test(4, 0, Evaluation(20.0, 30.0, 40.0))
     clock.now += 3
     recorder.train(6, 1, Totals(75.0, 90.0, 150.0), 0.1)
     clock.now += 70
-    recorder.test(6, 1, Totals(10.0, 35.0, 40.0))
+    recorder.test(6, 1, Evaluation(10.0, 35.0, 40.0))
     return recorder
 
 
@@ -71,6 +73,7 @@ def test_a_training_record_is_the_window_since_the_last(memory: Memory, clock: C
         "accuracy": 0.5,
         "learning_rate": 0.2,
         "images_per_second": 50.0,
+        "ranks": 1,
     }
     assert (memory.records[1]["loss"], memory.records[1]["images_per_second"]) == (1.0, 12.5)
 
@@ -103,6 +106,9 @@ def test_a_test_record_holds_the_whole_epochs_training_beside_it(memory: Memory,
         "examples": 40,
         "train_loss": pytest.approx(350 / 150),  # by samples; the mean of the windows' means would be 2.0
         "train_accuracy": pytest.approx(90 / 150),
+        "confusion": [],
+        "mistakes": [],
+        "ranks": 1,
     }
 
 
@@ -149,7 +155,7 @@ def test_every_writer_receives_every_record(memory: Memory, clock: Clock) -> Non
     recorder = Recorder([memory, second])
     clock.now += 1
     recorder.train(1, 0, Totals(1.0, 1.0, 1.0), 0.1)
-    recorder.test(1, 0, Totals(1.0, 1.0, 1.0))
+    recorder.test(1, 0, Evaluation(1.0, 1.0, 1.0))
     recorder.finish()
     assert memory.records == second.records
     assert memory.summaries == second.summaries
@@ -160,6 +166,23 @@ def test_a_rank_without_writers_records_in_silence(clock: Clock, capsys: pytest.
     recorder = Recorder([])
     clock.now += 1
     recorder.train(1, 0, Totals(1.0, 1.0, 1.0), 0.1)
-    recorder.test(1, 0, Totals(1.0, 1.0, 1.0))
+    recorder.test(1, 0, Evaluation(1.0, 1.0, 1.0))
     recorder.finish()
     assert capsys.readouterr().out == ""
+
+
+def test_every_record_says_how_many_ranks_there_are_and_what_else_was_known(memory: Memory, clock: Clock) -> None:
+    recorder = Recorder([memory], ranks=3)
+    clock.now += 1
+    recorder.train(1, 0, Totals(1.0, 1.0, 1.0), 0.1, gradient_norm=2.5)
+    recorder.test(1, 0, Evaluation(1.0, 1.0, 1.0))
+    assert [record["ranks"] for record in memory.records] == [3, 3]
+    assert memory.records[0]["gradient_norm"] == 2.5
+
+
+def test_a_test_record_holds_the_confusion_and_the_worst_mistakes_as_json_can(memory: Memory, clock: Clock) -> None:
+    evaluation = Evaluation(1.0, 1.0, 2.0, np.array([[1, 1], [0, 0]]), (Mistake(7, 0, 1, 3.5),))
+    Recorder([memory]).test(1, 0, evaluation)
+    kept = json.loads(json.dumps(memory.records[0]))
+    assert kept["confusion"] == [[1, 1], [0, 0]]
+    assert kept["mistakes"] == [{"image": 7, "true": 0, "predicted": 1, "loss": 3.5}]

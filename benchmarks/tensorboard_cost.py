@@ -1,0 +1,96 @@
+"""What TensorBoard costs: the time in it beside that of the run, as train.py makes it. About two minutes.
+
+    python -m benchmarks.tensorboard_cost [arguments of train.py]
+
+A run of the default configuration on 2 ranks, with the time of rank 0 inside the TensorBoard writer added up: its
+import, every record, picture and histogram, the projector, the end. The other ranks wait meanwhile, so that it is all
+that the run would be shorter by. What gathers the ranks' pace is counted too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+from job.placement import placement, share_cores
+
+share_cores()
+
+from benchmarks.runs import ROOT
+
+RANKS = 2
+
+
+def main() -> None:
+    """Without a launcher start the run; as a rank, train and measure."""
+    if placement().size > 1:
+        _measure(sys.argv[1:])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["horovodrun", "--disable-cache", "--gloo", "-np", str(RANKS), sys.executable]
+        arguments = [f"run.dir={folder}/run", *sys.argv[1:]]
+        environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(
+            [*command, "-m", "benchmarks.tensorboard_cost", *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    rows = [line.split("row: ")[1] for line in done.stdout.splitlines() if "row: " in line]
+    if not rows:
+        raise SystemExit(f"failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    print("\n".join(rows))
+
+
+def _measure(arguments: list[str]) -> None:
+    import mxnet  # noqa: F401  (what training needs anyway is not TensorBoard's)
+
+    from job.comm import connect
+
+    seconds: dict[str, float] = defaultdict(float)
+    began = time.perf_counter()
+    from job.tensorboard import TensorBoard
+
+    seconds["import"] = time.perf_counter() - began
+    from job.cli import parse
+    from job.pace import Pace
+    from job.train import train
+
+    for owner, names in ((TensorBoard, ("__init__", "write", "_draw", "_add_histograms", "finish", "close")),
+                         (Pace, ("gather",))):  # fmt: skip
+        for name in names:
+            _account(owner, name, seconds)
+    config = parse(arguments)
+    comm = connect(config.run.step_timeout_seconds)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    comm.barrier("ready")
+    began = time.perf_counter()
+    train(config, comm)
+    comm.barrier("trained")
+    total = time.perf_counter() - began + seconds["import"]
+    if comm.rank == 0:
+        inside = sum(value for name, value in seconds.items() if name not in ("_draw", "_add_histograms"))
+        for name, value in seconds.items():
+            print(f"row: {name.strip('_'):>16} {value:7.3f} s", flush=True)
+        print(f"row: TensorBoard took {inside:.2f} s of a run of {total:.1f} s on {RANKS} ranks: {inside / total:.2%}")
+    comm.close()
+
+
+def _account(owner: Any, name: str, seconds: dict[str, float]) -> None:
+    whole = getattr(owner, name)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return whole(*arguments, **options)
+        finally:
+            seconds[name] += time.perf_counter() - began
+
+    setattr(owner, name, timed)
+
+
+if __name__ == "__main__":
+    main()
