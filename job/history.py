@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Optional
 import yaml
 
 from job.errors import UsageError
+from job.records import Record
 from job.run_dir import CONFIG, METRICS, SUMMARY
 
-Record = dict[str, Any]
 NUMBERS = ("loss", "accuracy", "learning_rate", "images_per_second")  # what is read of a record beside the counts
 
 
@@ -56,14 +56,13 @@ class History:
             spans.append(Span(ranks, spans[-1].end if spans else 0, max(record["step"] for record in records)))
         return spans
 
-    def last_test(self, key: str) -> Optional[Any]:
-        """``key`` of the last evaluation that has it, None if none has."""
-        return next((record[key] for record in reversed(self.of("test")) if record.get(key) is not None), None)
+    def evaluations(self) -> list[Record]:
+        """The test records that hold an accuracy."""
+        return [record for record in self.of("test") if record.get("accuracy") is not None]
 
-    def best_test(self) -> Optional[Record]:
-        """The evaluation with the highest accuracy, the first of equals."""
-        measured = [record for record in self.of("test") if record.get("accuracy") is not None]
-        return max(measured, key=lambda record: record["accuracy"], default=None)
+    def last_test(self, key: str) -> Optional[Any]:
+        """``key`` of the last test record that has it, None if none has."""
+        return next((record[key] for record in reversed(self.of("test")) if record.get(key) is not None), None)
 
 
 def number(value: Optional[float]) -> float:
@@ -77,11 +76,12 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
     Raises:
         UsageError: a folder is not that of a run, or what it holds is not what a run writes there.
     """
-    names = [folder.resolve().name for folder in folders]
-    return [
-        _read_run(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names)
-    ]  # fmt: skip
+    whole = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, whole):
+        if whole.count(path) > 1:
+            raise UsageError(f"{folder}: given twice")
+    names = [path.name for path in whole]
+    return [_read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names)]
 
 
 def _read_run(folder: Path, name: str) -> History:

@@ -21,12 +21,13 @@ if not __package__:  # run as a script: find the package from any directory, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job import command, curves
+from job.data import CLASS_NAMES
 from job.errors import JobError
-from job.history import History, Record, read_runs
+from job.history import History, read_runs
+from job.records import Record
 from job.run_dir import write_whole
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 NOTHING = "-"
 COLUMNS = "Run,State,Ranks,Steps,Last test accuracy,Best test accuracy,Last test loss,Training,Images/s".split(",")
 
@@ -201,8 +202,8 @@ def _cell(count: int, total: int, right: bool) -> str:
 
 def _classes(number_of_classes: int, run: History) -> Sequence[str]:
     """The names of the classes where the data is known to be Fashion-MNIST, else their numbers."""
-    known = number_of_classes == len(CLASSES) and run.config.get("data.sha256.test_labels") != "any"
-    return CLASSES if known else [str(index) for index in range(number_of_classes)]
+    known = number_of_classes == len(CLASS_NAMES) and run.config.get("data.sha256.test_labels") != "any"
+    return CLASS_NAMES if known else [str(index) for index in range(number_of_classes)]
 
 
 def _no(what: str, run: History) -> str:
