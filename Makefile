@@ -11,7 +11,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults test-browser bench tensorboard screenshots lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,12 +33,19 @@ test-faults: setup ## break everything that can break, and print what held as a 
 	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
 		tests/parallel/test_resume.py $(ARGS)
 
+test-browser: setup ## TensorBoard and the report, seen in a headless Chromium (Debian: chromium, chromium-driver)
+	@.venv/bin/python -m pytest tests/browser $(ARGS)
+
 bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
 
-tensorboard: setup ## show every run under runs/ in a browser
+tensorboard: setup ## serve every run under runs/ to a browser, at the address it prints (ARGS="--port 6007")
+	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
+
+screenshots: setup ## train three small runs and take the pictures of them in docs/images/
+	@.venv/bin/python -m benchmarks.screenshots
 
 lint: setup ## ruff and mypy
 	@.venv/bin/python -m ruff check .

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 
-from benchmarks.browser import find, open_page, tensorboard, wait, wait_for_words, words
+from benchmarks.browser import find, open_page, tensorboard, wait, wait_for_words
 
 # The distinct colours of a picture on the page.
 COLOURS = """

@@ -1,0 +1,112 @@
+"""The pictures of what a run shows: ``python -m benchmarks.screenshots``, about 5 minutes on two cores.
+
+Trains three small runs, the same on two ranks, on one, four and two in turn, and with another learning rate, and takes
+docs/images/tensorboard_*.png and report_*.png of them in a headless Chromium. Runs that are there already are used.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver.support.ui import WebDriverWait
+
+from benchmarks.browser import MISSING, chromium, find, open_page, tensorboard, wait, wait_for_words
+from benchmarks.runs import IMAGES, ROOT, run
+
+RUNS = ROOT / "runs" / "benchmarks" / "pictures"
+SETTINGS = ["train.epochs=2", "optimizer.learning_rate=0.1", "train.log_every_steps=5"]
+STAGES = ((1, 160), (4, 310), (2, 470))  # ranks, and the step that they stop after
+SETTLE_SECONDS = 15.0
+
+
+def main() -> None:
+    """Train what is missing, and take all pictures."""
+    if MISSING:
+        sys.exit(f"error: {MISSING}")
+    run("pictures/two-ranks", 2, SETTINGS)
+    _change_ranks(RUNS / "one-four-two-ranks")
+    run("pictures/slower", 2, [*SETTINGS, "optimizer.learning_rate=0.02"])
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with chromium(1280, 887) as browser:
+        with tensorboard(RUNS) as address:
+            _take_tensorboard(browser, address)
+        _take_report(browser)
+
+
+def _change_ranks(folder: Path) -> None:
+    """One run that stops and goes on with another number of ranks."""
+    for ranks, steps in () if (folder / "summary.json").exists() else STAGES:
+        arguments = [f"run.dir={folder}", *SETTINGS, f"train.max_steps={steps}"]
+        if ranks == STAGES[0][0]:
+            arguments.append("run.overwrite=true")
+        subprocess.run([str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *arguments], check=True)
+
+
+def _take_tensorboard(browser: webdriver.Chrome, address: str) -> None:
+    open_page(browser, f"{address}#custom_scalars")
+    wait_for_words(browser, "train and test", "Matches (6)")
+    _save(browser, "tensorboard_scalars")
+    open_page(browser, f"{address}?runFilter=two-ranks#images")
+    wait_for_words(browser, "test/confusion_matrix", "test/worst_mistakes")
+    _save(browser, "tensorboard_images")
+    open_page(browser, f"{address}#hparams")
+    wait_for_words(browser, "slower/tensorboard")
+    _save(browser, "tensorboard_hparams")
+    open_page(browser, f"{address}#projector")
+    for _ in range(2):  # a frame in a frame
+        browser.switch_to.frame(wait(browser, "the projector", lambda browser: find(browser, "iframe"))[0])
+    wait_for_words(browser, "500x128")
+    browser.switch_to.default_content()
+    _save(browser, "tensorboard_projector")
+
+
+def _take_report(browser: webdriver.Chrome) -> None:
+    page = RUNS / "report.html"
+    folders = [str(RUNS / name) for name in ("two-ranks", "one-four-two-ranks", "slower")]
+    subprocess.run([sys.executable, str(ROOT / "job" / "report.py"), *folders, "--output", str(page)], check=True)
+    _resize(browser, 1060, 900)
+    open_page(browser, page.as_uri())
+    bottom = browser.execute_script("return document.querySelector('#runs').getBoundingClientRect().bottom")
+    _resize(browser, 1060, round(bottom) + 20)
+    _save(browser, "report_curves")
+    _resize(browser, 1060, 760)
+    browser.execute_script("document.querySelector('#ranks').scrollIntoView()")
+    _save(browser, "report_ranks")
+
+
+def _resize(browser: webdriver.Chrome, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _save(browser: webdriver.Chrome, name: str) -> None:
+    """Save what is on the page, once it has come to rest, in 256 colours."""
+    try:
+        WebDriverWait(browser, SETTLE_SECONDS, poll_frequency=1.0).until(_same_twice())
+    except TimeoutException:
+        print(f"{name}: moves on and on; taken as it is")
+    picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB").quantize(256)
+    picture.save(IMAGES / f"{name}.png", optimize=True)
+    print(f"{name}.png: {(IMAGES / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
+
+
+def _same_twice() -> Callable[[webdriver.Chrome], bool]:
+    last = b""
+
+    def same(browser: webdriver.Chrome) -> bool:
+        nonlocal last
+        before, last = last, browser.get_screenshot_as_png()
+        return last == before
+
+    return same
+
+
+if __name__ == "__main__":
+    main()
