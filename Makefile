@@ -36,9 +36,10 @@ test-faults: setup ## break everything that can break, and print what held as a 
 test-browser: setup ## TensorBoard and the report, seen in a headless Chromium (Debian: chromium, chromium-driver)
 	@.venv/bin/python -m pytest tests/browser $(ARGS)
 
-bench: setup ## what SyncBatchNorm and a checkpoint cost, each beside the step without
+bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
+	@.venv/bin/python -m benchmarks.tensorboard_cost
 
 tensorboard: setup ## serve every run under runs/ to a browser, at the address it prints (ARGS="--port 6007")
 	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }

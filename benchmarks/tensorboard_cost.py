@@ -46,8 +46,7 @@ def main() -> None:
 
 
 def _measure(arguments: list[str]) -> None:
-    import mxnet  # noqa: F401  (what training needs anyway is not TensorBoard's)
-
+    from job import recorder, steps  # noqa: F401  (what training needs anyway is not TensorBoard's)
     from job.comm import connect
 
     seconds: dict[str, float] = defaultdict(float)

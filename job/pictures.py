@@ -1,6 +1,6 @@
-"""Pictures for people, drawn from arrays: pure functions to RGB arrays (height, width, 3), uint8.
+"""Pictures for people, drawn from arrays: pure functions.
 
-Drawn with Pillow, which takes 10 ms where a plotting library takes 200 and as long to load as a whole epoch may spend.
+Drawn with Pillow: a plotting library takes several times as long to draw them, and most of a second to load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLUE = np.array([8, 64, 129])  # of a cell that holds its whole row
 _SMALL, _PLAIN, _LARGE = 12, 14, 18  # sizes of type
 
 
-def confusion_matrix(confusion: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
+def confusion_matrix(confusion: np.ndarray, names: Sequence[str], title: str) -> Image.Image:
     """Counts (classes, classes) of true (rows) and predicted (columns) classes, shaded by their part of the row."""
     classes, width, height, left, top = len(names), 58, 44, 130, 150
     canvas = Image.new("RGB", (left + classes * width + 80, top + classes * height + 20), "white")
@@ -43,12 +43,12 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str], title: str) ->
             if confusion[row, column]:
                 ink = "white" if shade > 0.55 else _INK
                 draw.text((x + width / 2, y + height / 2), str(confusion[row, column]), ink, _font(_PLAIN), anchor="mm")
-    return np.asarray(canvas)
+    return canvas
 
 
 def worst_mistakes(
     mistakes: Sequence[Mistake], images: Sequence[np.ndarray], names: Sequence[str], title: str
-) -> np.ndarray:
+) -> Image.Image:
     """The images, each (28, 28) uint8, of mistakes in a grid, each with what it is, and what it was taken for.
 
     The loss of a sample is the negative logarithm of the probability that the network gave to the truth.
@@ -64,7 +64,7 @@ def worst_mistakes(
         draw.text((x, y + side + 4), f"{names[mistake.true]}", _INK, _font(_PLAIN))
         draw.text((x, y + side + 20), f"as {names[mistake.predicted]}", _RED, _font(_PLAIN))
         draw.text((x, y + side + 38), f"#{mistake.image}, loss {mistake.loss:.1f}", _PALE, _font(_SMALL))
-    return np.asarray(canvas)
+    return canvas
 
 
 def _slanted(canvas: Image.Image, text: str, foot: tuple[int, int]) -> None:

@@ -312,6 +312,56 @@ def test_training_metrics_are_those_of_the_samples_before_the_step() -> None:
     assert totals.correct == (logits.argmax(axis=1) == data.labels[:10]).sum()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("limit", [None, 0.0625])
+def test_the_gradients_norm_is_that_of_the_last_step_before_it_is_clipped(dtype: str, limit: Optional[float]) -> None:
+    data = split(30)
+    trained = learner(dtype=dtype, train={"clip_gradient_norm": limit})
+    for samples in (np.arange(10), np.arange(10, 30)):
+        expected = np.concatenate([part.ravel() for part in gradient(weights(trained), data, samples)])
+        trained.step(data, [samples], len(samples), learning_rate=0.5)
+    trained.totals()
+    assert np.linalg.norm(expected) > 0.125
+    tolerance = 1e-5 if dtype == "float32" else 1e-12
+    assert trained.vitals()["gradient_norm"] == pytest.approx(np.linalg.norm(expected), rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("optimizer", [{"momentum": 0.5}, {"name": "adam", "learning_rate": 0.125}])
+def test_the_update_ratio_is_how_far_the_last_step_moved_all_weights_together(
+    dtype: str, optimizer: dict[str, Any]
+) -> None:
+    data = split(30)
+    trained = learner(dtype=dtype, **optimizer)
+    for _ in range(3):
+        before = np.concatenate([value.ravel() for value in weights(trained)]).astype(np.float64)
+        trained.step(data, [np.arange(30)], 30, 0.125, False, True)
+    after = np.concatenate([value.ravel() for value in weights(trained)]).astype(np.float64)
+    trained.totals()
+    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert trained.vitals()["update_ratio"] == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-12)
+
+
+def test_measuring_a_step_changes_nothing_of_it() -> None:
+    data = split(30)
+    watched, alone = learner(dtype="float32"), learner(dtype="float32")
+    for step in range(3):
+        watched.step(data, [np.arange(30)], 30, 0.5, False, step % 2 == 0)
+        alone.step(data, [np.arange(30)], 30, 0.5)
+    for ours, theirs in zip(weights(watched), weights(alone)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_step_that_was_not_measured_has_no_update_ratio() -> None:
+    data = split(30)
+    trained = learner()
+    for measure in (True, False):
+        trained.step(data, [np.arange(30)], 30, 0.5, False, measure)
+    trained.totals()
+    vitals = trained.vitals()
+    assert np.isnan(vitals["update_ratio"]) and vitals["pace"]["compute_seconds"][0] > 0
+
+
 @pytest.mark.parametrize("batch", [1, 7, 10, 23, 500])
 def test_evaluation_counts_every_sample_once(batch: int) -> None:
     data = split(23)
@@ -324,6 +374,13 @@ def test_evaluation_counts_every_sample_once(batch: int) -> None:
     assert totals.loss == pytest.approx(-log_softmax(logits)[np.arange(23), data.labels].mean(), rel=1e-12)
     assert totals.correct == (logits.argmax(axis=1) == data.labels).sum()
     assert 0 < totals.correct < 23
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (data.labels, logits.argmax(axis=1)), 1)
+    np.testing.assert_array_equal(totals.confusion, confusion)
+    for mistake in totals.mistakes:
+        assert (mistake.true, mistake.predicted) == (data.labels[mistake.image], logits[mistake.image].argmax())
+        assert mistake.loss == pytest.approx(-log_softmax(logits)[mistake.image, mistake.true], rel=1e-12)
+    assert len(totals.mistakes) == 23 - totals.correct
 
 
 @pytest.mark.parametrize("size", [2, 5, 30], ids=["two ranks", "uneven ranks", "more ranks than samples"])

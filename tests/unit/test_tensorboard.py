@@ -301,6 +301,18 @@ def test_runs_compare_in_one_table(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_table_opens_with_the_columns_that_runs_are_told_apart_by(whole: tuple[Path, Subject]) -> None:
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(whole[0]))
+    multiplexer.Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, ""), logdir=""))
+    metadata = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", True, metadata, [])
+    assert [info.name for info in experiment.hparam_infos][:5] == [
+        "data.global_batch", "model.sync_batch_norm", "optimizer.learning_rate", "optimizer.name", "ranks",
+    ]  # fmt: skip
+    assert [info.name.tag for info in experiment.metric_infos][:2] == ["test/accuracy", "test/loss"]
+
+
 COLUMNS = ["optimizer.learning_rate", "train.max_steps", "model.sync_batch_norm", "optimizer.name", "ranks"]
 
 
