@@ -58,13 +58,14 @@ class Plot(NamedTuple):
     splits: Sequence[str] = ("train",)
     logarithmic: bool = False
     smooth: bool = True
+    from_zero: bool = False
 
 
 PLOTS = (
     Plot("Loss", "loss", ("train", "test"), logarithmic=True),
     Plot("Accuracy", "accuracy", ("train", "test")),
-    Plot("Learning rate", "learning_rate", smooth=False),
-    Plot("Images per second", "images_per_second"),
+    Plot("Learning rate", "learning_rate", smooth=False, from_zero=True),
+    Plot("Images per second", "images_per_second", from_zero=True),
 )
 
 
@@ -85,6 +86,8 @@ def draw(plot: Plot, runs: Sequence[History]) -> Optional[str]:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        if plot.from_zero:
+            axes.set_ylim(bottom=0)
         if plot.logarithmic and (drawn > 0).all():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
