@@ -1,15 +1,16 @@
-"""The pictures of what a run shows: ``python -m benchmarks.screenshots``, about 5 minutes on two cores.
+"""The pictures of what a run shows: ``python -m benchmarks.screenshots``, about 3 minutes on two cores.
 
-Trains three small runs, the same on two ranks, on one, four and two in turn, and with another learning rate, and takes
-docs/images/tensorboard_*.png and report_*.png of them in a headless Chromium. Runs that are there already are used.
+Trains three small runs, the same on two ranks and on one, four and two in turn, and one that learns more slowly, and
+takes docs/images/tensorboard_*.png and report_*.png of them in a headless Chromium. Runs that are there are used.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,11 +19,16 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.support.ui import WebDriverWait
 
 from benchmarks.browser import MISSING, chromium, find, open_page, tensorboard, wait, wait_for_words
-from benchmarks.runs import IMAGES, ROOT, run
+from benchmarks.runs import IMAGES, ROOT
 
-RUNS = ROOT / "runs" / "benchmarks" / "pictures"
-SETTINGS = ["train.epochs=2", "optimizer.learning_rate=0.1", "train.log_every_steps=5"]
-STAGES = ((1, 160), (4, 310), (2, 470))  # ranks, and the step that they stop after
+FOLDER = ROOT / "runs" / "benchmarks" / "pictures"
+SETTINGS = ["data.global_batch=64", "train.epochs=1", "train.log_every_steps=5"]
+STOPS = (160, 310, 470)  # steps after which a run is evaluated, and goes on with another number of ranks, or the same
+RUNS = {  # the ranks between the stops, and the learning rate
+    "two-ranks": ((2, 2, 2), 0.05),
+    "one-four-two-ranks": ((1, 4, 2), 0.05),
+    "slower": ((2, 2, 2), 0.01),
+}
 SETTLE_SECONDS = 15.0
 
 
@@ -30,23 +36,24 @@ def main() -> None:
     """Train what is missing, and take all pictures."""
     if MISSING:
         sys.exit(f"error: {MISSING}")
-    run("pictures/two-ranks", 2, SETTINGS)
-    _change_ranks(RUNS / "one-four-two-ranks")
-    run("pictures/slower", 2, [*SETTINGS, "optimizer.learning_rate=0.02"])
+    for name, (ranks, learning_rate) in RUNS.items():
+        _train(FOLDER / name, ranks, learning_rate)
     IMAGES.mkdir(parents=True, exist_ok=True)
     with chromium(1280, 887) as browser:
-        with tensorboard(RUNS) as address:
+        with tensorboard(FOLDER) as address:
             _take_tensorboard(browser, address)
         _take_report(browser)
 
 
-def _change_ranks(folder: Path) -> None:
-    """One run that stops and goes on with another number of ranks."""
-    for ranks, steps in () if (folder / "summary.json").exists() else STAGES:
-        arguments = [f"run.dir={folder}", *SETTINGS, f"train.max_steps={steps}"]
-        if ranks == STAGES[0][0]:
-            arguments.append("run.overwrite=true")
-        subprocess.run([str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *arguments], check=True)
+def _train(folder: Path, ranks: Sequence[int], learning_rate: float) -> None:
+    """Go on to each stop in turn, with its number of ranks; stops that the run has passed are left out."""
+    summary = folder / "summary.json"
+    for stop, number in zip(STOPS, ranks):
+        if not summary.exists() or json.loads(summary.read_text())["steps"] < stop:
+            arguments = [f"run.dir={folder}", *SETTINGS, f"optimizer.learning_rate={learning_rate}"]
+            command = [str(ROOT / "launch" / "local.sh"), "-np", str(number), *arguments, f"train.max_steps={stop}"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        print(f"{folder.name}: at step {stop}", flush=True)
 
 
 def _take_tensorboard(browser: webdriver.Chrome, address: str) -> None:
@@ -68,8 +75,8 @@ def _take_tensorboard(browser: webdriver.Chrome, address: str) -> None:
 
 
 def _take_report(browser: webdriver.Chrome) -> None:
-    page = RUNS / "report.html"
-    folders = [str(RUNS / name) for name in ("two-ranks", "one-four-two-ranks", "slower")]
+    page = FOLDER / "report.html"
+    folders = [str(FOLDER / name) for name in RUNS]
     subprocess.run([sys.executable, str(ROOT / "job" / "report.py"), *folders, "--output", str(page)], check=True)
     _resize(browser, 1060, 900)
     open_page(browser, page.as_uri())

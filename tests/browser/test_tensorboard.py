@@ -13,6 +13,8 @@ from selenium import webdriver
 
 from benchmarks.browser import find, open_page, tensorboard, wait, wait_for_words
 
+pytestmark = pytest.mark.slow
+
 # The distinct colours of a picture on the page.
 COLOURS = """
 const canvas = document.createElement('canvas');

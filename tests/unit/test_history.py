@@ -76,6 +76,11 @@ def test_a_malformed_line_is_refused_by_file_and_number(tmp_path: Path, line: st
     assert f"{run / 'metrics.jsonl'}, line 2: " in str(refused.value) and words in str(refused.value)
 
 
+def test_a_malformed_last_line_that_was_written_to_its_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2: not JSON"):
+        read_runs([folder(tmp_path / "run", record(1), tail='{"step": 2, "ep\n')])
+
+
 def test_a_folder_without_metrics_is_refused_and_the_runs_in_it_are_named(tmp_path: Path) -> None:
     folder(tmp_path / "runs" / "one", record(1))
     with pytest.raises(UsageError, match=r"holds no metrics.jsonl.*did you mean .*runs/one\?"):
