@@ -41,7 +41,9 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with chromium(1280, 887) as browser:
         with tensorboard(FOLDER) as address:
-            _take_tensorboard(browser, address)
+            _take_all_runs(browser, address)
+        with tensorboard(FOLDER / "two-ranks") as address:
+            _take_one_run(browser, address)
         _take_report(browser)
 
 
@@ -56,16 +58,19 @@ def _train(folder: Path, ranks: Sequence[int], learning_rate: float) -> None:
         print(f"{folder.name}: at step {stop}", flush=True)
 
 
-def _take_tensorboard(browser: webdriver.Chrome, address: str) -> None:
+def _take_all_runs(browser: webdriver.Chrome, address: str) -> None:
     open_page(browser, f"{address}#custom_scalars")
     wait_for_words(browser, "train and test", "Matches (6)")
     _save(browser, "tensorboard_scalars")
-    open_page(browser, f"{address}?runFilter=two-ranks#images")
-    wait_for_words(browser, "test/confusion_matrix", "test/worst_mistakes")
-    _save(browser, "tensorboard_images")
     open_page(browser, f"{address}#hparams")
     wait_for_words(browser, "slower/tensorboard")
     _save(browser, "tensorboard_hparams")
+
+
+def _take_one_run(browser: webdriver.Chrome, address: str) -> None:
+    open_page(browser, f"{address}#images")
+    wait_for_words(browser, "test/confusion_matrix", "test/worst_mistakes")
+    _save(browser, "tensorboard_images")
     open_page(browser, f"{address}#projector")
     for _ in range(2):  # a frame in a frame
         browser.switch_to.frame(wait(browser, "the projector", lambda browser: find(browser, "iframe"))[0])
@@ -83,7 +88,11 @@ def _take_report(browser: webdriver.Chrome) -> None:
     bottom = browser.execute_script("return document.querySelector('#runs').getBoundingClientRect().bottom")
     _resize(browser, 1060, round(bottom) + 20)
     _save(browser, "report_curves")
-    _resize(browser, 1060, 760)
+    bottom = browser.execute_script(
+        "document.querySelector('#ranks').scrollIntoView();"
+        "return document.querySelector('.matrices > div').getBoundingClientRect().bottom"
+    )
+    _resize(browser, 1060, round(bottom) + 20)
     browser.execute_script("document.querySelector('#ranks').scrollIntoView()")
     _save(browser, "report_ranks")
 
@@ -94,12 +103,12 @@ def _resize(browser: webdriver.Chrome, width: int, height: int) -> None:
 
 
 def _save(browser: webdriver.Chrome, name: str) -> None:
-    """Save what is on the page, once it has come to rest, in 256 colours."""
+    """Save what is on the page, once it has come to rest."""
     try:
         WebDriverWait(browser, SETTLE_SECONDS, poll_frequency=1.0).until(_same_twice())
     except TimeoutException:
         print(f"{name}: moves on and on; taken as it is")
-    picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB").quantize(256)
+    picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     picture.save(IMAGES / f"{name}.png", optimize=True)
     print(f"{name}.png: {(IMAGES / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
 

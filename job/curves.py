@@ -75,9 +75,10 @@ def draw(plot: Plot, runs: Sequence[History]) -> Optional[str]:
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         for place, run in enumerate(runs):
+            wider = 0.9 * min(len(runs) - 1 - place, 3)  # what is drawn first, so that equal curves are all seen
             for split in plot.splits:
                 steps, values = run.series(split, plot.key)
-                _curve(axes, np.array(steps), np.array(values), f"#0e{place:04x}", split == "test", plot.smooth)
+                _curve(axes, np.array(steps), np.array(values), f"#0e{place:04x}", wider, split == "test", plot.smooth)
         drawn = np.concatenate([line.get_ydata() for line in axes.lines])
         drawn = drawn[np.isfinite(drawn)]
         if not drawn.size:
@@ -96,15 +97,15 @@ def draw(plot: Plot, runs: Sequence[History]) -> Optional[str]:
         return _svg(figure, f"{plot.title} of {', '.join(run.name for run in runs)} over the steps")
 
 
-def _curve(axes: Axes, steps: Any, values: Any, colour: str, test: bool, smooth: bool) -> None:
+def _curve(axes: Axes, steps: Any, values: Any, colour: str, wider: float, test: bool, smooth: bool) -> None:
     """Evaluations as dots on a line. Training as a line; where it has many records their mean, and they faintly."""
     if test:
-        axes.plot(steps, values, color=colour, lw=1.6, marker="o", ms=4, zorder=4)
+        axes.plot(steps, values, color=colour, lw=1.6 + wider, marker="o", ms=4 + wider, zorder=4)
     elif smooth and len(values) > _MANY:
         axes.plot(steps, values, color=colour, lw=0.7, alpha=0.25, zorder=2)
-        axes.plot(steps, _mean_of_neighbours(values, len(values) // _MANY), color=colour, lw=1.1, zorder=3)
+        axes.plot(steps, _mean_of_neighbours(values, len(values) // _MANY), color=colour, lw=1.1 + wider, zorder=3)
     else:
-        axes.plot(steps, values, color=colour, lw=1.1, zorder=3, marker="." if len(values) == 1 else None)
+        axes.plot(steps, values, color=colour, lw=1.1 + wider, zorder=3, marker="." if len(values) == 1 else None)
 
 
 def _mean_of_neighbours(values: Any, reach: int) -> Any:
