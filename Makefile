@@ -12,7 +12,8 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults test-cluster test-slurm image-test doctor kubernetes bench tensorboard lint lock clean
+.PHONY: help setup train test test-slow test-faults test-browser test-cluster test-slurm image-test doctor kubernetes bench \
+	tensorboard screenshots lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,18 +47,25 @@ test-slurm: setup ## launch/slurm.sbatch under a real Slurm of two nodes on this
 image-test: setup ## build the image without an engine and run it (TARGET=cpu or gpu; needs root, buildah, debootstrap)
 	@.venv/bin/python -m pytest -m slow tests/image $(ARGS)
 
+test-browser: setup ## TensorBoard and the report, seen in a headless Chromium (Debian: chromium, chromium-driver)
+	@.venv/bin/python -m pytest tests/browser $(ARGS)
+
 bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
 	@.venv/bin/python -m benchmarks.tensorboard_cost
 
-tensorboard: setup ## show every run under runs/ in a browser
+tensorboard: setup ## serve every run under runs/ to a browser, at the address it prints (ARGS="--port 6007")
+	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
 
 kubernetes: setup ## render the manifests of launch/kubernetes and check them, without a cluster (needs kubectl)
 	@for overlay in launch/kubernetes/overlays/*; do \
 		.venv/bin/python launch/kubernetes/validate.py launch/kubernetes/once $$overlay || exit; \
 	done
+
+screenshots: setup ## train three small runs and take the pictures of them in docs/images/
+	@.venv/bin/python -m benchmarks.screenshots
 
 lint: setup ## ruff and mypy
 	@.venv/bin/python -m ruff check .
