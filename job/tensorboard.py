@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
@@ -18,10 +17,11 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
 from job import pictures
-from job.config import ROOT, Config, fields
+from job.config import Config, fields
 from job.data import CLASS_NAMES, Split
 from job.evaluation import Mistake
 from job.graph import graph_of
+from job.machine import commit
 from job.models import IMAGE_SHAPE
 from job.recorder import versions
 from job.records import Record, Writer
@@ -232,12 +232,3 @@ def table(rows: Mapping[str, Any]) -> str:
     """A Markdown table of names and values."""
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def commit(run: Callable[..., Any] = subprocess.run) -> Optional[str]:
-    """The commit of this code, ``-dirty`` if it was changed since; None where git does not know."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return str(run(command, capture_output=True, text=True, timeout=5, check=True).stdout).strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

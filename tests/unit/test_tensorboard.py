@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 from pathlib import Path
 from typing import Any, Optional
 
@@ -326,19 +325,6 @@ def test_the_columns_of_that_table_have_types_that_fit_every_value() -> None:
     for name, value in started.items():
         expected = {"bool_value": "BOOL", "number_value": "FLOAT64", "string_value": "STRING"}
         assert kinds[name] == expected[value.WhichOneof("kind")], name
-
-
-def test_the_commit_is_gits_and_none_where_there_is_no_git() -> None:
-    def missing(*arguments: Any, **options: Any) -> Any:
-        raise FileNotFoundError("git")
-
-    assert commit(missing) is None
-    asked = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    if asked.returncode:
-        pytest.skip("the project is not in a git repository here")
-    assert (commit() or "").split("-")[0] == asked.stdout.strip()
 
 
 def test_a_network_that_is_no_sequence_would_be_a_mistake_found_here() -> None:
