@@ -58,6 +58,7 @@ class Pod:
         network: name of a network namespace made by ``ip netns``; None for one of its own, with loopback alone.
         hosts: what /etc/hosts says.
         runs: the claim.
+        name: its host name, which ``hosts`` knows.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Pod:
         network: Optional[str] = None,
         hosts: str = "127.0.0.1 localhost worker-0\n",
         runs: Optional[Path] = None,
+        name: str = "worker-0",
     ) -> None:
         self.tmp = folder / "tmp"
         self.tmp.mkdir(parents=True)
         (folder / "ssh").symlink_to(keys)
         (folder / "runs").symlink_to(runs or folder)
         (folder / "hosts").write_text(hosts)
+        (folder / "hostname").write_text(name)
         self.log = folder / "log"
         self._commands: list[subprocess.Popen[str]] = []
         enter = ["ip", "netns", "exec", network, *NAMESPACES] if network else [*NAMESPACES, "--net"]

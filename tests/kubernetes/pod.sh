@@ -5,6 +5,7 @@
 # usage: pod.sh REPOSITORY STATE COMMAND...
 #   STATE/ssh     what the MPI operator's Secret holds      STATE/runs   the claim
 #   STATE/hosts   /etc/hosts, in place of DNS               STATE/tmp    the emptyDir of /tmp
+#   STATE/hostname
 #
 # What it cannot be: the image. /usr and the libraries are this machine's, /opt/job is the repository.
 set -euo pipefail
@@ -60,6 +61,7 @@ cp "$kubernetes/ssh_config" "$root/etc/ssh/ssh_config.d/job.conf"
 printf 'root:x:0:0::/root:/bin/bash\nmpiuser:x:1000:1000::/home/mpiuser:/bin/bash\n' >"$state/passwd"
 mount --bind "$state/passwd" "$root/etc/passwd"
 mount --bind "$state/hosts" "$root/etc/hosts"
+hostname "$(cat "$state/hostname")"
 
 mount -o remount,ro "$root"
 ip link set lo up # an interface towards other pods is for the caller to give
