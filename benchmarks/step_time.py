@@ -28,7 +28,7 @@ from job.sampler import Sampler
 from job.steps import Feed, Learner
 from job.sync_batch_norm import convert_sync_batch_norm
 
-WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 30, 8
+WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 12, 8
 RANKS = 2
 CONTROLLERS = {"Gloo": ["--gloo"], "MPI": ["--mpi", "--mpi-args=--mca mpi_yield_when_idle 1"]}
 

@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_is_bit_for_bit_the_run_never_stopped(
 
 
 @pytest.mark.fault(6)
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 4)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(2, 3, marks=pytest.mark.slow), (1, 4)])
 def test_with_another_number_of_ranks_the_curve_stays_within_rounding(
     run_ranks: Any, tmp_path: Path, before: int, after: int
 ) -> None:

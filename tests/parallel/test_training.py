@@ -86,7 +86,7 @@ def short_test_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"data.dir={folder}", "data.sha256.test_images=any", "data.sha256.test_labels=any"]
 
 
-@pytest.mark.parametrize("global_batch", [256, 100])
+@pytest.mark.parametrize("global_batch", [256, pytest.param(100, marks=pytest.mark.slow)])
 def test_without_batch_norm_any_number_of_ranks_learns_what_one_plain_process_learns(
     run_ranks: Any, tmp_path: Any, short_test_set: list[str], global_batch: int
 ) -> None:
