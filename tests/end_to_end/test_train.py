@@ -13,6 +13,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.parallel.conftest import OF_THIS_PROCESS
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml")]
@@ -21,7 +23,8 @@ SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml")]
 def user_runs(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """A command as a user gives it in ``folder``, where the project is not, with the environment's programs on PATH."""
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", *OF_THIS_PROCESS):
+        environment.pop(name, None)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
