@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, Optional
 
-PREEMPTED = 75
+from job.errors import Preempted
+
+PREEMPTED = Preempted.exit_code
 _SSH_FAILED = 255  # its own exit code; all others are those of the command
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TERM_SECONDS = 5.0  # for ranks whose peer has died: they cannot finish their step, only say what they know
