@@ -1,21 +1,25 @@
-"""What SyncBatchNorm costs: ``make bench``, two minutes or three.
+"""What SyncBatchNorm costs, by each way in which ranks can communicate: ``make bench``, about three minutes.
 
 Step time of the tutorial's network on 2 ranks with 128 samples each, with MXNet's BatchNorm, of each rank on its own,
 and with SyncBatchNorm. The two take turns in one process, a second or so each, so that whatever else the machine does
 meets both; what counts is the ratio, not the milliseconds. Its interval says what the ratio would have come to if other
 turns had been drawn: the bootstrap, over pairs of neighbouring turns (Efron, 1979).
+
+The ways are those of ``launch/local.sh``, whose settings this table chose, and two that it does not take.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 
 from job.placement import placement, share_cores
 
-share_cores()
+if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
+    share_cores()
 
 import numpy as np
 
@@ -30,11 +34,17 @@ from job.sync_batch_norm import convert_sync_batch_norm
 
 WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 12, 8
 RANKS = 2
-CONTROLLERS = {"Gloo": ["--gloo"], "MPI": ["--mpi", "--mpi-args=--mca mpi_yield_when_idle 1"]}
+LOCAL = [str(ROOT / "launch" / "local.sh"), "-np", str(RANKS), "--dry-run"]
+WAYS: list[tuple[str, list[str], dict[str, str]]] = [
+    ("MPI", [], {}),
+    ("MPI, cycle of 1 ms", [], {"HOROVOD_CYCLE_TIME": "1"}),
+    ("Gloo", ["--gloo"], {}),
+    ("Gloo, cycle of 5 ms", ["--gloo"], {"HOROVOD_CYCLE_TIME": "5"}),
+]
 
 
 def main() -> None:
-    """Without a launcher start the measurement once per controller; as a rank, measure."""
+    """Without a launcher start the measurement once per way; as a rank, measure."""
     if placement().size > 1:
         comm = connect(60.0)
         _measure(comm)
@@ -42,16 +52,23 @@ def main() -> None:
         return
     print(f"{RANKS} ranks x 128, {TURNS} turns of {STEPS_A_TURN} steps each: median step in ms, ratio of the medians")
     print("| controller | BatchNorm of each rank | SyncBatchNorm | ratio | 90% interval |\n|---|---|---|---|---|")
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    for name, options in CONTROLLERS.items():
-        launcher = ["horovodrun", "--disable-cache", *options, "-np", str(RANKS), sys.executable]
-        done = subprocess.run(
-            [*launcher, "-m", "benchmarks.step_time"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        row = next((line.split("row:")[1] for line in done.stdout.splitlines() if "row:" in line), None)
-        if row is None:
-            raise SystemExit(f"{name} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        print(f"| {name} {row}", flush=True)
+    for name, options, settings in WAYS:
+        print(f"| {name} {_run(options, settings)}", flush=True)
+
+
+def _run(options: list[str], settings: dict[str, str]) -> str:
+    """The row that rank 0 prints, when this module runs in the place of job/train.py."""
+    path = f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {**os.environ, **as_root, **settings, "PATH": path}
+    shown = subprocess.run([*LOCAL, *options], env=environment, capture_output=True, text=True, check=True)
+    launcher = shlex.split(shown.stdout.partition("python")[0])
+    command = [*launcher, sys.executable, "-m", "benchmarks.step_time"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    row = next((line.split("row:")[1] for line in done.stdout.splitlines() if "row:" in line), None)
+    if row is None:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return row
 
 
 def _measure(comm: Comm) -> None:

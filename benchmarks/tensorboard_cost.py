@@ -19,7 +19,8 @@ from typing import Any
 
 from job.placement import placement, share_cores
 
-share_cores()
+if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
+    share_cores()
 
 from benchmarks.runs import ROOT
 

@@ -33,8 +33,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(0)
     except Preempted as stop:
-        _note_preemption()
-        _end(str(stop) if placement().rank == 0 else "", stop.exit_code)
+        code = 0 if _launch_script_is_told() else stop.exit_code
+        _end(str(stop) if placement().rank == 0 else "", code, "preempted")
     except JobError as error:
         if isinstance(error, (UsageError, PeerLostError, DivergedError)):
             _let_another_rank_speak()
@@ -57,17 +57,17 @@ def _let_another_rank_speak() -> None:
         time.sleep(_HOLD_SECONDS)
 
 
-def _note_preemption() -> None:
-    """Tell the launch script: Horovod's launcher makes 1 of every exit code. Each rank does, for the first that ends
-    lets the launcher end the others.
-    """
-    if file := os.environ.get("JOB_PREEMPTED_FILE"):
-        with contextlib.suppress(OSError):
-            Path(file).write_text("preempted\n", encoding="utf-8")
+def _launch_script_is_told() -> bool:
+    """Whether one has asked. A launcher takes 75 for a failure, ends the other ranks for it, and may make 1 of it."""
+    file = os.environ.get("JOB_PREEMPTED_FILE")
+    if not file:
+        return False
+    with contextlib.suppress(OSError):
+        return Path(file).write_text("preempted\n", encoding="utf-8") > 0
+    return False
 
 
-def _end(message: str, code: int) -> NoReturn:
-    label = "preempted" if code == Preempted.exit_code else "error"
+def _end(message: str, code: int, label: str = "error") -> NoReturn:
     everybodys = code == UsageError.exit_code and placement().rank == 0
     where = f"rank {placement().rank}: " if placement().size > 1 and not everybodys else ""
     with contextlib.suppress(OSError, ValueError):  # whoever read our output may be gone

@@ -12,7 +12,8 @@ if not __package__:  # run as a script: find the package from any directory, and
 
 from job.placement import placement, share_cores
 
-share_cores()  # before MXNet is imported
+if __name__ == "__main__":
+    share_cores()  # before MXNet is imported
 
 from mxnet.gluon import HybridBlock
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One machine, N ranks. It checks the configuration once, before any rank starts, and then is `horovodrun` with the
-# options that one always wants. The working directory stays yours: relative paths in the arguments are from there.
+# One machine, N ranks. It checks the configuration once, before any rank starts, and then is `mpirun` or `horovodrun`
+# with the options that one always wants. The working directory stays yours: relative paths are from there.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/local.sh [-np N] [--mpi] [--dry-run] [arguments of job/train.py]
+usage: launch/local.sh [-np N] [--gloo] [--dry-run] [arguments of job/train.py]
 
   -np N       ranks (default: one a GPU; without GPUs 2)
-  --mpi       coordinate over MPI instead of Gloo: faster collectives on one machine
+  --gloo      coordinate over Gloo; by default over MPI, which is faster on one machine, if there is an mpirun
   --dry-run   print the command and stop
   --help      this text; `python job/train.py --help` lists the arguments of train.py
 
@@ -17,13 +17,14 @@ exit codes:   0 done, 1 failed, 2 bad configuration or usage (nothing was starte
               written, 130 or 143 stopped by a signal without one
 
 A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
-hold run.resume or run.overwrite. SIGTERM stops all ranks after their step, with a checkpoint.
+hold run.resume or run.overwrite. SIGTERM or SIGUSR1 stops all ranks after their step, with a checkpoint; a second one,
+or Ctrl-C, stops them at once.
 END
 }
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 ranks=$(timeout 20 nvidia-smi -L 2>/dev/null | grep -c '^GPU') || ranks=2
-controller=(--gloo)
+controller=
 dry_run=no
 resume=(run.resume=auto)
 arguments=()
@@ -31,7 +32,7 @@ arguments=()
 while (($#)); do
   case $1 in
     -np) ranks=${2:-nothing} && shift ;;
-    --mpi) controller=(--mpi --mpi-args="--mca mpi_yield_when_idle 1") ;; # a waiting rank gives its core to a working one
+    --gloo) controller=gloo ;;
     --dry-run) dry_run=yes ;;
     -h | --help) usage && exit 0 ;;
     run.resume=* | run.overwrite=*) resume=() && arguments+=("$1") ;;
@@ -51,10 +52,20 @@ if ! { command -v horovodrun && command -v python; } >/dev/null; then
   echo "launch/local.sh: no Horovod in .venv nor on PATH; \`make setup\` installs it" >&2
   exit 1
 fi
+if [[ -z $controller ]] && command -v mpirun >/dev/null; then controller=mpi; fi
 
-# --disable-cache: horovodrun would remember for an hour what it once found out about a host, right or wrong.
-command=(horovodrun --disable-cache "${controller[@]}" -np "$ranks" -H "localhost:$ranks"
-  python "$root/job/train.py" "${arguments[@]}")
+training=(python "$root/job/train.py" "${arguments[@]}")
+if [[ $controller == mpi ]]; then
+  # What benchmarks/step_time.py found fastest. A rank that waits yields its core; messages go through shared memory
+  # alone, without the call that containers forbid; no other machine is asked for, by ssh or by a batch system.
+  settings=(HOROVOD_CONTROLLER=mpi HOROVOD_CPU_OPERATIONS=mpi "HOROVOD_CYCLE_TIME=${HOROVOD_CYCLE_TIME:-0.5}")
+  command=(env "${settings[@]}" mpirun -np "$ranks" --host "localhost:$ranks" --bind-to none
+    --mca mpi_yield_when_idle 1 --mca pml ob1 --mca btl "vader,self" --mca btl_vader_single_copy_mechanism none
+    --mca plm isolated --mca ras "^slurm,tm,lsf,gridengine" "${training[@]}")
+else
+  # --disable-cache: horovodrun would remember for an hour what it once found out about a host, right or wrong.
+  command=(horovodrun --disable-cache --gloo -np "$ranks" -H "localhost:$ranks" "${training[@]}")
+fi
 
 if [[ $dry_run == yes ]]; then
   printf '%q ' "${command[@]}"
@@ -65,29 +76,37 @@ fi
 # One message now instead of N messages and a launcher's traceback later. The number of ranks is part of the check.
 env HOROVOD_RANK=0 HOROVOD_SIZE="$ranks" python "$root/job/train.py" --check "${arguments[@]}" >/dev/null || exit
 
-# Open MPI refuses root, who is the only user that many containers have.
-if [[ ${controller[0]} == --mpi ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+if [[ $controller == mpi ]]; then
+  stop=USR1 # mpirun hands it on; at SIGTERM it kills
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # the only user that many containers have
+  [[ -t 1 ]] || export TERM=dumb # mpirun gives each rank a terminal, even if there is none to show it on
+else
+  stop=TERM # which horovodrun hands on; SIGUSR1 would end it
+fi
 
 # In the background, for a shell that waits for a foreground command hears no signal. A signal to this script, and
-# Ctrl-C, goes on to the launcher, which ends its ranks: SIGTERM, and after 5 s SIGKILL. To its whole group, because
-# under MPI horovodrun has become a shell that would die alone and leave mpirun behind.
-#
-# SIGUSR1 would end horovodrun; as SIGTERM it stops the ranks just as well, each of which may get either.
-preempted=$(mktemp) # the ranks write to it as they leave with 75, of which horovodrun makes 1
+# Ctrl-C, goes on to the launcher in a process group of its own, so that it gets it once.
+preempted=$(mktemp) # a rank that leaves with a checkpoint writes to it: no launcher tells that from a failure
 trap 'rm -f "$preempted"' EXIT
 export JOB_PREEMPTED_FILE=$preempted
 stopped=0
-# shellcheck disable=SC2329 # the traps call it
+# shellcheck disable=SC2329 # the traps call them
 pass_on() {
   stopped=$2
   kill -"$1" -- "-$launcher" 2>/dev/null || true
 }
-set -m # a group of its own: Ctrl-C reaches it through pass_on, once
+# shellcheck disable=SC2329
+preempt() {
+  ((stopped)) || echo "launch/local.sh: stopping after this step, with a checkpoint; a second signal stops at once" >&2
+  pass_on "$stop" 143
+  stop=TERM
+}
+set -m
 "${command[@]}" </dev/null &
 launcher=$!
 set +m
 trap 'pass_on INT 130' INT
-trap 'pass_on TERM 143' TERM HUP USR1
+trap preempt TERM HUP USR1
 
 status=0
 wait "$launcher" || status=$?
@@ -95,7 +114,7 @@ if ((stopped)); then # the signal ended the wait, not yet the launcher
   while kill -0 -- "-$launcher" 2>/dev/null; do sleep 0.1; done
 fi
 
-if ((status)) && [[ -s $preempted ]]; then
+if [[ -s $preempted ]]; then
   echo "launch/local.sh: preempted, with a checkpoint written; the same command goes on from there" >&2
   exit 75
 fi

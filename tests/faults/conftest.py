@@ -62,8 +62,8 @@ class Run:
     def train(self, ranks: int, *overrides: str, fault: str = "none:none:0:0") -> Ended:
         return finish(self.start(ranks, *overrides, fault=fault))
 
-    def script(self, ranks: int, *overrides: str) -> list[str]:
-        return [str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *self.arguments, *overrides]
+    def script(self, ranks: int, *arguments: str) -> list[str]:
+        return [str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *self.arguments, *arguments]
 
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "checkpoints").iterdir())

@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOROVODRUN = Path(sys.executable).with_name("horovodrun")
-OF_THIS_PROCESS = ("OMP_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle")  # job.placement.share_cores
 
 
 def launcher(size: int, controller: str = "gloo") -> list[str]:
@@ -27,14 +26,10 @@ def launcher(size: int, controller: str = "gloo") -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a rank: the project importable, mpirun found, Open MPI content with a container's root.
-
-    Without what the import of a command has set for pytest itself, which has all cores: ranks would fight for them.
-    """
+    """The environment of a rank: the project importable, mpirun found, Open MPI content with a container's root."""
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     path = f"{HOROVODRUN.parent}{os.pathsep}{os.environ['PATH']}"  # pytest may have been started without an activate
-    own = {name: value for name, value in os.environ.items() if name not in OF_THIS_PROCESS}
-    return {**own, **as_root, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **as_root, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def free_port() -> int:
