@@ -114,16 +114,16 @@ def horovod(answer: Answer) -> Check:
     built = [name for key, name in (("gloo", "Gloo"), ("mpi", "MPI"), ("nccl", "NCCL")) if found[key]]
     message = f"Horovod {found['version']} for MXNet, with {', '.join(built) or 'no controller'}"
     if not found["gloo"]:
-        return Check("horovod", "fail", f"{message}; several ranks are started over Gloo", rebuild)
+        return Check("horovod", "fail", f"{message}; several machines need Gloo", rebuild)
     if not found["mpi"]:
-        return Check("horovod", "warn", f"{message}; launch/local.sh --mpi will not work", rebuild)
+        return Check("horovod", "warn", f"{message}; launch/local.sh needs --gloo", rebuild)
     return Check("horovod", "ok", message)
 
 
 def mpirun(answer: Answer) -> Check:
-    """Only runs over MPI need it."""
+    """Only ``launch/local.sh`` takes it, and does without if it must."""
     if answer.error:
-        remedy = "`make setup` installs one; not needed over Gloo, the default"
+        remedy = "`make setup` installs one; without it launch/local.sh takes Gloo, which is slower"
         return Check("mpirun", "warn", f"cannot be run: {answer.error}", remedy)
     return Check("mpirun", "ok", answer.text)
 

@@ -39,9 +39,6 @@ from launch.hostfile import Host
 from launch.ssh import Ssh
 from launch.supervise import SILENCE_SECONDS, Job, Site
 
-# What measurement chose for the communication between ranks. A variable that the user has set stands.
-COMMUNICATION: dict[str, str] = {}
-
 # What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
 _ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA)_\w+|LANG|LC_\w+|TZ")
 
@@ -156,10 +153,9 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def environment(forward: Iterable[str], variables: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks get: of ``variables`` what is allowed and what ``forward`` names, and what measurement chose."""
+    """What the ranks get: of ``variables`` what is allowed and what ``forward`` names."""
     named = set(forward)
-    passed = {name: value for name, value in variables.items() if name in named or _ALLOWED.fullmatch(name)}
-    return {**COMMUNICATION, **passed}
+    return {name: value for name, value in variables.items() if name in named or _ALLOWED.fullmatch(name)}
 
 
 def allocate(hosts: Sequence[Host], ranks: Optional[int], gpus: Mapping[str, int]) -> dict[str, list[SlotInfo]]:

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "MXNet miscomputes": (checks.mxnet(answer(MXNET, sum=7.5)), "fail", ["7.5"]),
     "Horovod": (checks.horovod(answer(HOROVOD)), "ok", ["0.28.1", "Gloo, MPI"]),
     "Horovod with NCCL": (checks.horovod(answer(HOROVOD, nccl=22105)), "ok", ["Gloo, MPI, NCCL"]),
-    "Horovod without MPI": (checks.horovod(answer(HOROVOD, mpi=False)), "warn", ["--mpi", "make setup"]),
+    "Horovod without MPI": (checks.horovod(answer(HOROVOD, mpi=False)), "warn", ["--gloo", "make setup"]),
     "Horovod without Gloo": (checks.horovod(answer(HOROVOD, gloo=False)), "fail", ["Gloo", "make setup"]),
     "Horovod broken": (checks.horovod(BROKEN), "fail", ["libxyz.so", "make setup"]),
     "mpirun": (checks.mpirun(Answer("mpirun (Open MPI) 4.1.8")), "ok", ["4.1.8"]),

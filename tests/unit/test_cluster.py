@@ -31,14 +31,9 @@ def test_only_what_is_allowed_or_named_is_forwarded() -> None:
         "LANG": "C.UTF-8", "LC_ALL": "C", "AWS_SECRET_ACCESS_KEY": "x", "PATH": "/bin", "HOME": "/root",
         "_HOROVOD_SECRET_KEY": "x", "LANGUAGE_MODEL_KEY": "x", "MY_HOROVOD_KEY": "x", "TOKEN": "x", "JOB_TOKEN": "x",
     }  # fmt: skip
-    assert set(cluster.environment(["TOKEN"], variables)) - set(cluster.COMMUNICATION) == {
+    assert set(cluster.environment(["TOKEN"], variables)) == {
         "HOROVOD_CYCLE_TIME", "MXNET_CPU_WORKER_NTHREADS", "NCCL_DEBUG", "OMP_NUM_THREADS", "LANG", "LC_ALL", "TOKEN",
     }  # fmt: skip
-
-
-def test_what_the_user_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "COMMUNICATION", {"HOROVOD_CYCLE_TIME": "0.5", "HOROVOD_X": "1"})
-    assert cluster.environment([], {"HOROVOD_CYCLE_TIME": "3"}) == {"HOROVOD_CYCLE_TIME": "3", "HOROVOD_X": "1"}
 
 
 # --- ranks ---
