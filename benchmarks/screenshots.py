@@ -24,7 +24,8 @@ from benchmarks.runs import IMAGES, ROOT
 FOLDER = ROOT / "runs" / "benchmarks" / "pictures"
 # In float64, where the number of ranks changes nothing that a picture could show (docs/sync_batch_norm.md).
 SETTINGS = [
-    "model.dtype=float64", "data.global_batch=64", "optimizer.momentum=0.9", "train.epochs=1", "train.log_every_steps=5",
+    "model.dtype=float64", "data.global_batch=64", "optimizer.momentum=0.9", "train.epochs=1",
+    "train.log_every_steps=5",
 ]  # fmt: skip
 STOPS = (160, 310, 470)  # steps after which a run is evaluated, and goes on with another number of ranks, or the same
 RUNS = {  # the ranks between the stops, and the learning rate

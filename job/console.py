@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from job.records import Record, Writer
+
+_PREFIXING = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "OMPI_MCA_orte_tag_output")  # set by launchers that prefix lines
 
 
 class PlainConsole(Writer):
@@ -74,8 +77,11 @@ class TerminalConsole(PlainConsole):
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches who can be shown a line that changes."""
-    return sys.stdout.isatty() and not Console().is_dumb_terminal
+    """Whether somebody watches who can be shown a line that changes.
+
+    Launchers give their ranks a pseudo-terminal, and most then prefix each line, which no progress bar survives.
+    """
+    return sys.stdout.isatty() and not Console().is_dumb_terminal and not any(map(os.environ.get, _PREFIXING))
 
 
 def describe(record: Record) -> str:

@@ -91,7 +91,9 @@ class Recorder:
         return self._last_test["accuracy"] if self._last_test.get("step") == step else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not in the records yet, and what the summary will say."""
+        """What is not in the records yet, and what the summary will say. What is in them is on disk from now on."""
+        for writer in self.writers:
+            writer.sync()
         return {
             "epoch": [self._epoch.loss_sum, self._epoch.correct, self._epoch.count],
             "trained": self._trained,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ class Writer:
 
     def write(self, record: Record) -> None:
         """Add a record."""
+
+    def sync(self) -> None:
+        """Have what was written outlive a loss of power: a checkpoint is about to count on it."""
 
     def finish(self, summary: Record) -> None:
         """The run is complete."""
@@ -40,6 +44,9 @@ class JsonLines(Writer):
 
     def write(self, record: Record) -> None:
         self._stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()

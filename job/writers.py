@@ -9,6 +9,7 @@ from typing import Optional
 
 from job.comm import Comm
 from job.console import PlainConsole, TerminalConsole, on_terminal
+from job.errors import JobError
 from job.records import JsonLines, Summary, Writer
 from job.run_dir import METRICS, TENSORBOARD
 from job.tensorboard import Subject, TensorBoard
@@ -22,12 +23,14 @@ def open_writers(
 
     The run goes on after ``last_step``; what an earlier process has written beyond that goes. TensorBoard shows the
     insides of ``subject`` beside the records.
+
+    Raises:
+        JobError: something cannot be written, then or in the block.
     """
-    with ExitStack() as stack:
+    with told(folder), ExitStack() as stack:
         writers: list[Writer] = []
         if comm.rank == 0:
-            # horovodrun gives its ranks a pseudo-terminal and prefixes each line, which no progress bar survives.
-            console = TerminalConsole if comm.size == 1 and on_terminal() else PlainConsole
+            console = TerminalConsole if on_terminal() else PlainConsole
             writers = [
                 JsonLines(folder / METRICS, last_step),
                 TensorBoard(folder / TENSORBOARD, last_step, subject),
@@ -37,3 +40,17 @@ def open_writers(
         for writer in writers:
             stack.callback(writer.close)
         yield writers
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Turn what the operating system says of a full or broken disk into a message."""
+    try:
+        yield
+    except BrokenPipeError:  # of the console: nobody reads it any more
+        raise
+    except OSError as error:
+        raise JobError(
+            f"run.dir={folder}: cannot be written: {error.strerror or error}; the last checkpoint is as it was, and the"
+            " same command goes on from it"
+        ) from None

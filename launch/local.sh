@@ -79,7 +79,13 @@ env HOROVOD_RANK=0 HOROVOD_SIZE="$ranks" python "$root/job/train.py" --check "${
 if [[ $controller == mpi ]]; then
   stop=USR1 # mpirun hands it on; at SIGTERM it kills
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # the only user that many containers have
-  [[ -t 1 ]] || export TERM=dumb # mpirun gives each rank a terminal, even if there is none to show it on
+  # mpirun gives each rank a terminal: without a size, and even if there is none to show it on.
+  if [[ -t 1 ]]; then
+    { size=$(stty size <&3); } 3>&1
+    if ((${size#* })); then export COLUMNS=${size#* }; fi
+  else
+    export TERM=dumb
+  fi
 else
   stop=TERM # which horovodrun hands on; SIGUSR1 would end it
 fi

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.parallel.conftest import OF_THIS_PROCESS
+from tests import synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -22,10 +25,13 @@ SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml")]
 
 def user_runs(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """A command as a user gives it in ``folder``, where the project is not, with the environment's programs on PATH."""
+    return subprocess.run(command, cwd=folder, env=of_user(), capture_output=True, text=True, timeout=timeout)
+
+
+def of_user() -> dict[str, str]:
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("PYTHONPATH", *OF_THIS_PROCESS):
-        environment.pop(name, None)
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    environment.pop("PYTHONPATH", None)
+    return environment
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -138,6 +144,24 @@ def test_the_launch_script_refuses_what_is_wrong_with_one_message_before_any_ran
     assert done.returncode == 2, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr and done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_the_launch_script_shows_a_table_and_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    command = [str(ROOT / "launch" / "local.sh"), "-np", "2", *synthetic.write(tmp_path / "data"), "run.dir=run"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*command, "train.epochs=2"], cwd=tmp_path, env=of_user(), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # what Linux answers when the other side has closed
+        while chunk := os.read(ours, 4096):
+            output += chunk
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, output.decode()
+    shown = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", output.decode())
+    lines = re.split(r"[\r\n]+", shown)
+    for start in ("epoch +step  train loss", " +0 +6 ", " +1 +12 "):
+        assert sum(bool(re.match(start, line)) for line in lines) == 1, shown
+    assert "━" in shown and "on 2 ranks); all of it is in run" in shown
 
 
 def test_under_horovodrun_a_bad_config_is_told_once(tmp_path: Path) -> None:

@@ -93,6 +93,31 @@ def test_a_full_disk_ends_all_ranks_with_the_reason_and_keeps_the_last_good_one(
     assert f"step {int(newest[5:])}" in again.output
 
 
+@pytest.mark.fault(9)
+def test_a_disk_too_full_for_a_record_ends_the_run_with_the_reason_and_it_goes_on_later(
+    on_a_small_disk: Run, whole: Run
+) -> None:
+    run = on_a_small_disk
+    command = run.script(2, "checkpoint.every_steps=null")  # none after step 6, so that a record is what meets the end
+    process = run.popen(command)
+    output = wait_for_line(process, "step 8/")
+    filler = run.folder / "filler"
+    with pytest.raises(OSError), open(filler, "wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    ended = finish(process)
+    assert ended.code == 1, output + ended.output
+    assert f"error: rank 0: run.dir={run.folder}: cannot be written: No space left on device" in ended.output
+    assert "Traceback" not in ended.output
+    run.assert_nothing_left()
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=16m", str(run.folder)], check=True)
+    again = finish(run.popen(command))
+    assert again.code == 0, again.output
+    assert run.weights() == whole.weights()
+    assert run.records() == whole.records()
+
+
 @pytest.mark.fault(10)
 @pytest.mark.parametrize(
     ("override", "named"),

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from job.comm import Comm
 from job.console import PlainConsole, TerminalConsole, clock
-from job.writers import open_writers
 from tests.examples import SUMMARY, TEST, TRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,12 +40,6 @@ with open_writers(Path(sys.argv[1]), Comm(), 235) as writers:
     for writer in writers:
         writer.finish({SUMMARY})
 """
-
-
-class Ranks(Comm):
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__()
-        self.rank, self.size = rank, size
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -147,6 +139,12 @@ def test_a_terminal_that_can_only_print_receives_plain_lines(tmp_path: Path) -> 
     assert f"step 10/235 {TRAIN_LINE}" in output.splitlines()
 
 
+@pytest.mark.parametrize("launcher", ["HOROVOD_GLOO_RENDEZVOUS_ADDR", "OMPI_MCA_orte_tag_output"])
+def test_under_a_launcher_that_prefixes_lines_they_are_plain(tmp_path: Path, launcher: str) -> None:
+    output = on_terminal(tmp_path, columns=80, **{launcher: "1"})
+    assert f"step 10/235 {TRAIN_LINE}" in output.splitlines() and "\x1b" not in output
+
+
 def test_a_terminal_of_80_columns_shows_progress_in_one_line_and_keeps_what_matters(tmp_path: Path) -> None:
     lines = visible(on_terminal(tmp_path, columns=80))
     (row,) = (line for line in lines if line.startswith("0     235"))
@@ -193,15 +191,6 @@ def test_without_colours_the_table_says_the_same(monkeypatch: pytest.MonkeyPatch
     plain, sent = shown(TRAIN, TEST)
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9)[0-7]m", sent)
     assert plain == coloured and len(plain) == 2
-
-
-def test_ranks_of_a_job_never_draw_a_progress_bar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)  # as under horovodrun, which prefixes each line
-    with open_writers(tmp_path, Ranks(0, 2), 235) as writers:
-        assert type(writers[-1]) is PlainConsole
-    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_in_brackets_is_shown_as_it_is_called(tmp_path: Path) -> None:

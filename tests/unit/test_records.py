@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from job.comm import Comm
+from job.recorder import Recorder
 from job.records import JsonLines
+from job.writers import open_writers
 from tests.examples import TEST, TRAIN
 
 
@@ -20,6 +24,14 @@ def test_json_lines_are_there_as_soon_as_they_are_written(tmp_path: Path) -> Non
     assert [json.loads(line) for line in file.read_text().splitlines()] == [TRAIN, TEST]
     assert file.read_text().endswith("}\n")
     writer.close()
+
+
+def test_what_a_checkpoint_counts_on_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with open_writers(tmp_path, Comm(), 235) as writers:
+        Recorder(writers).state_dict()
+    assert forced.count(str(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_json_lines_are_added_to_those_of_before(tmp_path: Path) -> None:
