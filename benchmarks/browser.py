@@ -19,6 +19,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from benchmarks.runs import ROOT
+
 _CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = (
     "" if _CHROMIUM and _DRIVER else "chromium and chromedriver are not on PATH (Debian: chromium, chromium-driver)"
@@ -75,9 +77,9 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[webdriver.Chrome]
 
 @contextmanager
 def tensorboard(logdir: Path) -> Iterator[str]:
-    """The address of a TensorBoard over ``logdir``, on a free port of the loopback."""
+    """The address of a TensorBoard over ``logdir``, in this checkout if relative, on a free port of the loopback."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         yield _address(server)
     finally:

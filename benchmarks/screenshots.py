@@ -44,9 +44,9 @@ def main() -> None:
         _train(FOLDER / name, ranks, learning_rate)
     IMAGES.mkdir(parents=True, exist_ok=True)
     with chromium(1280, 887) as browser:
-        with tensorboard(FOLDER) as address:
+        with tensorboard(FOLDER.relative_to(ROOT)) as address:  # the page shows the path
             _take_all_runs(browser, address)
-        with tensorboard(FOLDER / "two-ranks") as address:
+        with tensorboard((FOLDER / "two-ranks").relative_to(ROOT)) as address:
             _take_one_run(browser, address)
         _take_report(browser)
 
