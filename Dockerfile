@@ -81,6 +81,8 @@ LABEL org.opencontainers.image.title="horovod-gluon-job" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+# What a run notes as its commit, and what launch/cluster.sh compares between hosts: there is no git here.
+RUN echo "${REVISION}" >REVISION
 
 # --- the images -------------------------------------------------------------------------------------------------------
 

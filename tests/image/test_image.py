@@ -168,6 +168,11 @@ def test_it_tells_an_engine_what_it_is(image: Image) -> None:
     assert labels["revision"] == "a-test"
 
 
+def test_a_run_in_it_knows_the_commit(image: Image, runs: Path) -> None:
+    ask = "from job.machine import commit; print(commit())"
+    assert image.run("python", "-c", ask, runs=runs, **DRIVER) == (0, "a-test\n")
+
+
 def test_sshd_runs_as_the_user_and_a_login_finds_the_jobs_python(image: Image, runs: Path, ssh: Path) -> None:
     script = 'id --user; python -c "import sys, mxnet, horovod.mxnet; print(sys.prefix)"'
     login = f"ssh -o ConnectionAttempts=30 localhost '{script}'"
