@@ -1,17 +1,20 @@
-"""Whole training runs for the benchmarks, each in a folder of its own, started as a user starts them."""
+"""For the benchmarks: training runs, each in a folder of its own, and ranks; both started as a user starts them."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
+LOCAL = str(ROOT / "launch" / "local.sh")
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,39 @@ def run(name: str, ranks: int, overrides: Sequence[str], threads: int | None = N
     if not (folder / "summary.json").exists():
         arguments = [f"run.dir={folder}", "run.overwrite=true", *overrides]
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        command = [str(ROOT / "launch" / "local.sh"), "-np", str(ranks), *arguments]
+        command = [LOCAL, "-np", str(ranks), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     print(f"{name}: done", flush=True)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Run(json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines])
+
+
+def as_ranks(
+    module: str, ranks: int, arguments: Sequence[str], options: Sequence[str] = (), settings: Mapping[str, str] = {}
+) -> list[str]:
+    """Run ``module`` on ranks that ``launch/local.sh`` starts in the place of ``job/train.py``.
+
+    Args:
+        module: of this package.
+        ranks: how many.
+        arguments: of the module.
+        options: of ``launch/local.sh``.
+        settings: to be added to the environment.
+
+    Returns:
+        What stood after ``row:`` in each line of the output that had it.
+    """
+    path = f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {**os.environ, **as_root, **settings, "PATH": path}
+    dry_run = [LOCAL, "-np", str(ranks), *options, "--dry-run"]
+    shown = subprocess.run(dry_run, env=environment, capture_output=True, text=True, check=True).stdout
+    launcher = shlex.split(shown.partition(" python ")[0])
+    command = [*launcher, sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    rows = [line.split("row:")[1] for line in done.stdout.splitlines() if "row:" in line]
+    if done.returncode or not rows:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return rows

@@ -10,10 +10,6 @@ The ways are those of ``launch/local.sh``, whose settings this table chose, and 
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 import time
 
 from job.placement import placement, share_cores
@@ -23,7 +19,7 @@ if placement().size > 1:  # not the process that launches the ranks, which would
 
 import numpy as np
 
-from benchmarks.runs import ROOT
+from benchmarks.runs import as_ranks
 from job import data, models
 from job.comm import Comm, connect
 from job.config import load_config
@@ -34,7 +30,6 @@ from job.sync_batch_norm import convert_sync_batch_norm
 
 WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 12, 8
 RANKS = 2
-LOCAL = [str(ROOT / "launch" / "local.sh"), "-np", str(RANKS), "--dry-run"]
 WAYS: list[tuple[str, list[str], dict[str, str]]] = [
     ("MPI", [], {}),
     ("MPI, cycle of 1 ms", [], {"HOROVOD_CYCLE_TIME": "1"}),
@@ -53,22 +48,8 @@ def main() -> None:
     print(f"{RANKS} ranks x 128, {TURNS} turns of {STEPS_A_TURN} steps each: median step in ms, ratio of the medians")
     print("| controller | BatchNorm of each rank | SyncBatchNorm | ratio | 90% interval |\n|---|---|---|---|---|")
     for name, options, settings in WAYS:
-        print(f"| {name} {_run(options, settings)}", flush=True)
-
-
-def _run(options: list[str], settings: dict[str, str]) -> str:
-    """The row that rank 0 prints, when this module runs in the place of job/train.py."""
-    path = f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **as_root, **settings, "PATH": path}
-    shown = subprocess.run([*LOCAL, *options], env=environment, capture_output=True, text=True, check=True)
-    launcher = shlex.split(shown.stdout.partition("python")[0])
-    command = [*launcher, sys.executable, "-m", "benchmarks.step_time"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    row = next((line.split("row:")[1] for line in done.stdout.splitlines() if "row:" in line), None)
-    if row is None:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return row
+        (row,) = as_ranks("benchmarks.step_time", RANKS, [], options, settings)
+        print(f"| {name} {row}", flush=True)
 
 
 def _measure(comm: Comm) -> None:

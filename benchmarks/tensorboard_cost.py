@@ -9,8 +9,6 @@ that the run would be shorter by. What gathers the ranks' pace is counted too.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from job.placement import placement, share_cores
 if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
     share_cores()
 
-from benchmarks.runs import ROOT
+from benchmarks.runs import as_ranks
 
 RANKS = 2
 
@@ -33,17 +31,8 @@ def main() -> None:
         _measure(sys.argv[1:])
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = ["horovodrun", "--disable-cache", "--gloo", "-np", str(RANKS), sys.executable]
         arguments = [f"run.dir={folder}/run", *sys.argv[1:]]
-        environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(
-            [*command, "-m", "benchmarks.tensorboard_cost", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-    rows = [line.split("row: ")[1] for line in done.stdout.splitlines() if "row: " in line]
-    if not rows:
-        raise SystemExit(f"failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    print("\n".join(rows))
+        print("\n".join(as_ranks("benchmarks.tensorboard_cost", RANKS, arguments)))
 
 
 def _measure(arguments: list[str]) -> None:
