@@ -64,8 +64,9 @@ kubernetes: setup ## render the manifests of launch/kubernetes and check them, w
 		.venv/bin/python launch/kubernetes/validate.py launch/kubernetes/once $$overlay || exit; \
 	done
 
-screenshots: setup ## train three small runs and take the pictures of them in docs/images/
+screenshots: setup ## draw the pictures in docs/images/ anew, of runs made for them: a quarter of an hour
 	@.venv/bin/python -m benchmarks.screenshots
+	@.venv/bin/python -m benchmarks.rank_curves
 
 lint: setup ## ruff and mypy
 	@.venv/bin/python -m ruff check .
