@@ -35,6 +35,7 @@ from rich.console import Console
 
 from job.errors import JobError, UsageError
 from launch import host_checks, hostfile
+from launch.arguments import with_auto_resume
 from launch.hostfile import Host
 from launch.ssh import Ssh
 from launch.supervise import SILENCE_SECONDS, Job, Site
@@ -86,11 +87,22 @@ def _names(text: str) -> list[str]:
 
 
 def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """The command line.
+    """The command line; ``arguments`` of the result are those of train.py.
 
     Raises:
         UsageError: it is not usable.
     """
+    options = _parser().parse_args(arguments)
+    for name in options.forward:
+        if name not in os.environ:
+            raise UsageError(f"-x {name}: there is no such variable in the environment")
+    if options.ssh_identity_file and not options.ssh_identity_file.is_file():
+        raise UsageError(f"-i {options.ssh_identity_file}: there is no such file")
+    options.arguments = with_auto_resume(options.arguments)
+    return options
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="launch/cluster.sh",
         usage="launch/cluster.sh [options] HOSTFILE [arguments of job/train.py]",
@@ -101,6 +113,18 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
+    _add_connection_options(parser)
+    _add_timeouts(parser)
+    add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
+    add("--dry-run", action="store_true", help="print the commands, contact no host")
+    add("hostfile", type=Path, metavar="HOSTFILE", help="see above")
+    add("arguments", nargs=argparse.REMAINDER, metavar="...", help="`python job/train.py --help` lists them")
+    return parser
+
+
+def _add_connection_options(parser: _Parser) -> None:
+    """How launcher, hosts and ranks reach one another, and what the launcher hands over."""
+    add = parser.add_argument
     add("-p", "--ssh-port", type=_positive, metavar="PORT", help="port of sshd on all hosts")
     add("-i", "--ssh-identity-file", type=Path, metavar="FILE", help="private key to log in with")
     add("-x", dest="forward", action="append", default=[], metavar="NAME", help="give this variable to the ranks too")
@@ -120,33 +144,15 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
         " ssh comes in by)",
     )
     add("--launcher-address", metavar="ADDRESS", help="address of this machine, where the hosts see it by another one")
-    add(
-        "--check-timeout",
-        type=_positive,
-        default=150,
-        metavar="S",
-        help="seconds for the checks of a host (default: 150)",
-    )
-    add(
-        "--stop-timeout",
-        type=_positive,
-        default=60,
-        metavar="S",
-        help="seconds for the last step and its checkpoint when asked to stop (default: 60)",
-    )
-    add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
-    add("--dry-run", action="store_true", help="print the commands, contact no host")
-    add("hostfile", type=Path, metavar="HOSTFILE", help="see above")
-    add("arguments", nargs=argparse.REMAINDER, metavar="...", help="`python job/train.py --help` lists them")
-    options = parser.parse_args(arguments)
-    for name in options.forward:
-        if name not in os.environ:
-            raise UsageError(f"-x {name}: there is no such variable in the environment")
-    if options.ssh_identity_file and not options.ssh_identity_file.is_file():
-        raise UsageError(f"-i {options.ssh_identity_file}: there is no such file")
-    if not any(argument.startswith(("run.resume=", "run.overwrite=")) for argument in options.arguments):
-        options.arguments.append("run.resume=auto")
-    return options
+
+
+def _add_timeouts(parser: _Parser) -> None:
+    for option, seconds, purpose in (
+        ("--check-timeout", 150, "the checks of a host"),
+        ("--stop-timeout", 60, "the last step and its checkpoint when asked to stop"),
+    ):
+        text = f"seconds for {purpose} (default: {seconds})"
+        parser.add_argument(option, type=_positive, default=seconds, metavar="S", help=text)
 
 
 # --- what every rank gets --------------------------------------------------------------------------------------------

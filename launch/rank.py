@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
 from job.errors import JobError, Preempted, UsageError
+from launch.arguments import with_auto_resume
 
 HELP = """usage: python launch/rank.py [--coordinator HOST] [--dry-run] [arguments of job/train.py]
 
@@ -427,9 +428,7 @@ def main(arguments: Sequence[str]) -> int:
     options, arguments = _parse(arguments)
     task = read_task(os.environ, options.coordinator)
     limit_seconds = _number(os.environ, "JOB_START_TIMEOUT_SECONDS", START_SECONDS, least=1)
-    train = [sys.executable, str(ROOT / "job" / "train.py"), *arguments]
-    if not any(word.startswith(("run.resume=", "run.overwrite=")) for word in arguments):
-        train.append("run.resume=auto")
+    train = [sys.executable, str(ROOT / "job" / "train.py"), *with_auto_resume(arguments)]
     variables = {rank: rank_environment(task, rank, local_rank) for rank, local_rank in task.ranks}
     if options.dry_run:
         _show(task, train, variables)

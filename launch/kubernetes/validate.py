@@ -3,7 +3,7 @@
 
 Three layers, each of which has to be clean before the next is looked at: core kinds by their own schemas in strict mode
 (kubernetes-validate), the MPIJob by its types and the operator's validation (v2beta1.py), and whether all of it fits
-together (checks.py).
+together (object_checks.py, job_checks.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import yaml
 from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
-from launch.kubernetes.checks import CHECKS, Document, Problem, all_pods, is_quantity, name
+from launch.kubernetes import job_checks, object_checks
+from launch.kubernetes.manifest import Document, Problem, all_pods, is_quantity, name
 from launch.kubernetes.v2beta1 import MPIJob
 
 RENDER_SECONDS = 60
@@ -79,7 +80,8 @@ def problems(documents: Sequence[Document], version: str) -> list[Problem]:
         version: of Kubernetes, such as 1.31.
     """
     found = [problem for document in documents for problem in _of_one(document, version)]
-    return found or [problem for check in CHECKS for problem in check(documents)]
+    checks = (*object_checks.CHECKS, *job_checks.CHECKS)
+    return found or [problem for check in checks for problem in check(documents)]
 
 
 def _of_one(document: Document, version: str) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.kubernetes import checks, validate
+from launch.kubernetes import manifest, validate
 from launch.kubernetes.v2beta1 import MPIJob
 from tests.kubernetes.pod import KUBERNETES, ROOT
 
@@ -37,7 +37,7 @@ def rendered(overlay: str) -> list[dict[str, Any]]:
 def edited(overlay: str, document: str, path: str, value: Any) -> list[dict[str, Any]]:
     """A copy with one value changed, added, or ``DELETED``. ``path`` is written as problems write it."""
     documents = copy.deepcopy(rendered(overlay))
-    place: Any = next(found for found in documents if checks.name(found) == document)
+    place: Any = next(found for found in documents if manifest.name(found) == document)
     if not path:
         documents.remove(place)
         return documents
@@ -71,7 +71,7 @@ def test_every_overlay_is_sound(overlay: str, version: str) -> None:
 def test_an_mpijob_has_the_ranks_and_gpus_that_its_name_says(overlay: str, pods: int, ranks: int, gpus: int) -> None:
     document = next(document for document in rendered(overlay) if document["kind"] == "MPIJob")
     spec = MPIJob.model_validate(document).spec
-    workers = next(found for found in checks.all_pods([document]) if found.trains)
+    workers = next(found for found in manifest.all_pods([document]) if found.trains)
     assert (spec.workers, spec.ranks, workers.gpus * workers.count) == (pods, ranks, gpus)
 
 
@@ -89,11 +89,11 @@ def test_the_image_has_what_manifests_and_sshd_name() -> None:
     text = dockerfile.read_text()
     for target in ("cpu", "gpu"):
         assert re.search(rf"(?m)^FROM .* AS {target}$", text)
-    assert re.search(rf"useradd .*--uid {checks.UID} .*mpiuser", text)
-    assert re.search(rf"(?m)^USER {checks.UID}\b", text)
-    assert f"WORKDIR {checks.IN_IMAGE.rstrip('/')}" in text
+    assert re.search(rf"useradd .*--uid {manifest.UID} .*mpiuser", text)
+    assert re.search(rf"(?m)^USER {manifest.UID}\b", text)
+    assert f"WORKDIR {manifest.IN_IMAGE.rstrip('/')}" in text
     assert "openssh-server" in text and "openssh-client" in text and "tini" in text
-    assert f"COPY launch/kubernetes/sshd_config {checks.SSHD_CONFIG}" in text
+    assert f"COPY launch/kubernetes/sshd_config {manifest.SSHD_CONFIG}" in text
     assert "COPY launch/kubernetes/ssh_config /etc/ssh/ssh_config.d/job.conf" in text
 
 
@@ -192,7 +192,7 @@ def schemas_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document that is not changed is held against its schema once, for all rows."""
     by_schema = validate._by_schema
 
-    def once(document: Any, *others: str) -> list[checks.Problem]:
+    def once(document: Any, *others: str) -> list[manifest.Problem]:
         key = json.dumps([document, others], sort_keys=True)
         if key not in SEEN:
             SEEN[key] = list(by_schema(document, *others))
@@ -201,7 +201,7 @@ def schemas_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "_by_schema", once)
 
 
-SEEN: dict[str, list[checks.Problem]] = {}
+SEEN: dict[str, list[manifest.Problem]] = {}
 
 
 @needs_kubectl
@@ -230,7 +230,7 @@ def test_whatever_is_missing_the_answer_is_never_a_traceback(overlay: str) -> No
     for document in rendered(overlay):
         for path in paths(document):
             if path not in ("apiVersion", "kind", "metadata", "metadata.name"):  # those `read` asks for
-                validate.problems(edited(overlay, checks.name(document), path, DELETED), VERSION)
+                validate.problems(edited(overlay, manifest.name(document), path, DELETED), VERSION)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
