@@ -90,7 +90,7 @@ def selectors(documents: Sequence[Document]) -> Iterator[Problem]:
             selector = spec.get("selector", {})
             chosen = [pods for pods in everyone if selector and pods.has_labels(selector)]
             if not chosen:
-                yield Problem(name(document), "spec.selector", f"selects no pod: {_listed(selector) or 'it is empty'}")
+                yield Problem(name(document), "spec.selector", f"selects no pod: {_listed(selector)}")
             for index, port in enumerate(spec.get("ports", ())):
                 wanted = port.get("targetPort", port["port"])
                 if chosen and not any(_has_port(pods, wanted) for pods in chosen):
@@ -102,7 +102,7 @@ def selectors(documents: Sequence[Document]) -> Iterator[Problem]:
         elif kind == "NetworkPolicy":
             for path, selector in _own_selectors(spec):
                 if not any(pods.has_labels(selector.get("matchLabels", {})) for pods in everyone):
-                    yield Problem(name(document), path, f"selects no pod: {_listed(selector['matchLabels'])}")
+                    yield Problem(name(document), path, f"selects no pod: {_listed(selector.get('matchLabels', {}))}")
 
 
 def _has_port(pods: Pods, wanted: object) -> bool:
@@ -120,7 +120,7 @@ def _own_selectors(spec: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _listed(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in labels.items())
+    return ", ".join(f"{key}={value}" for key, value in labels.items()) or "it is empty"
 
 
 def fences(documents: Sequence[Document]) -> Iterator[Problem]:

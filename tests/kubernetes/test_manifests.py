@@ -267,3 +267,11 @@ def test_a_file_that_is_no_manifest_is_a_usage_error(tmp_path: Path, text: str |
         file.write_text(text)
     code, out, err = run(file)
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+def test_a_fence_alone_is_told_that_it_fences_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "deny.yaml"
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "deny"}}
+    file.write_text(yaml.safe_dump({**policy, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}))
+    code, out, err = run(file)
+    assert (code, out) == (1, "") and "spec.podSelector: selects no pod: it is empty" in err
