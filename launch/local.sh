@@ -17,8 +17,8 @@ exit codes:   0 done, 1 failed, 2 bad configuration or usage (nothing was starte
               written, 130 or 143 stopped by a signal without one
 
 A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
-hold run.resume or run.overwrite. SIGTERM or SIGUSR1 stops all ranks after their step, with a checkpoint; a second one,
-or Ctrl-C, stops them at once.
+hold run.resume or run.overwrite. SIGTERM or SIGUSR1 stops all ranks after their step, with a checkpoint; a second one
+stops them at once. Ctrl-C leaves them a second or so.
 END
 }
 
