@@ -81,6 +81,7 @@ class TensorBoard(Writer):
         self._folder = folder
         # TensorBoard takes the first mark of a start for the beginning, and forgets steps only from the second on.
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if goes_on else 0, filename_suffix=suffix)
+        _write_at_once(self._writer)
         self._subject = subject
         self._described = False
         if not goes_on:
@@ -160,6 +161,17 @@ class TensorBoard(Writer):
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
         value = Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin))
         self._writer.file_writer.add_summary(Summary(value=[value]))
+
+
+def _write_at_once(writer: SummaryWriter) -> None:
+    """Have this thread write the events.
+
+    tensorboardX hands them to a thread of its own through a short queue: what is in it is lost with the process, and if
+    that thread dies of a full disk, whoever writes next waits for ever.
+    """
+    events = writer.file_writer.event_writer
+    events._worker.stop()
+    events.add_event = events._ev_writer.write_event
 
 
 def _png(picture: Image.Image) -> Summary.Image:

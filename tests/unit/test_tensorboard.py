@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -84,6 +85,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Subject]:
     writer.finish(SUMMARY)
     writer.close()
     return folder, shown
+
+
+def test_a_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for step in range(1, 50):  # with a thread that writes, some of them would be late
+        board.write({**TRAIN, "step": step})
+        assert EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")[-1].step == step
+    board.close()
+
+
+def test_a_full_disk_is_told_to_who_writes_and_not_to_a_thread_that_dies_of_it(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    (file,) = tmp_path.iterdir()
+    (number,) = (int(link.name) for link in Path("/proc/self/fd").iterdir() if link.resolve() == file)
+    kept, full = os.dup(number), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, number)
+    with pytest.raises(OSError, match="No space left"):
+        board._writer.add_text("long", "x" * 100_000)  # more than a buffer holds
+    os.dup2(kept, number)
+    board.close()
 
 
 def test_every_scalar_is_at_its_step_in_its_group(tmp_path: Path) -> None:
