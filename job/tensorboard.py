@@ -175,9 +175,11 @@ def _write_at_once(writer: SummaryWriter) -> None:
 
 
 def _png(picture: Image.Image) -> Summary.Image:
-    """Pressed less than ``add_image`` would press it, and in a third of the time."""
+    """In 256 colours, and pressed little: half the time, much of which goes into tensorboardX's checksum of the bytes."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=1)
+    picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        stream, "PNG", compress_level=1
+    )
     return Summary.Image(
         height=picture.height, width=picture.width, colorspace=3, encoded_image_string=stream.getvalue()
     )
