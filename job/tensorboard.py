@@ -175,7 +175,7 @@ def _write_at_once(writer: SummaryWriter) -> None:
 
 
 def _png(picture: Image.Image) -> Summary.Image:
-    """In 256 colours, and pressed little: half the time, much of which goes into tensorboardX's checksum of the bytes."""
+    """In 256 colours, and pressed little: half the time, much of which goes into tensorboardX's sum over the bytes."""
     stream = io.BytesIO()
     picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
         stream, "PNG", compress_level=1
