@@ -67,8 +67,7 @@ def as_ranks(
         What stood after ``row:`` in each line of the output that had it.
     """
     path = f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **as_root, **settings, "PATH": path}
+    environment = {**os.environ, **settings, "PATH": path}
     dry_run = [LOCAL, "-np", str(ranks), *options, "--dry-run"]
     shown = subprocess.run(dry_run, env=environment, capture_output=True, text=True, check=True).stdout
     launcher = shlex.split(shown.partition(" python ")[0])

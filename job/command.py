@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
@@ -63,7 +62,9 @@ def _launch_script_is_told() -> bool:
     if not file:
         return False
     with contextlib.suppress(OSError):
-        return Path(file).write_text("preempted\n", encoding="utf-8") > 0
+        with open(file, "a", encoding="utf-8") as stream:  # other ranks write to it too
+            stream.write("preempted\n")
+        return True
     return False
 
 

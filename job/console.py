@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from job.placement import placement
 from job.records import Record, Writer
-
-_PREFIXING = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "OMPI_MCA_orte_tag_output")  # set by launchers that prefix lines
 
 
 class PlainConsole(Writer):
@@ -79,9 +78,11 @@ class TerminalConsole(PlainConsole):
 def on_terminal() -> bool:
     """Whether somebody watches who can be shown a line that changes.
 
-    Launchers give their ranks a pseudo-terminal, and most then prefix each line, which no progress bar survives.
+    Launchers give their ranks a pseudo-terminal, whatever becomes of the output: a log, or lines with a prefix. Only of
+    ``launch/local.sh`` it is known that a terminal shows what rank 0 draws; it says so.
     """
-    return sys.stdout.isatty() and not Console().is_dumb_terminal and not any(map(os.environ.get, _PREFIXING))
+    shown = placement().size == 1 or "JOB_TERMINAL" in os.environ
+    return shown and sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
 def describe(record: Record) -> str:

@@ -22,6 +22,7 @@ from job.cli import parse, require_samples
 from job.comm import Comm, connect, peer_errors
 from job.config import Config
 from job.device import choose_device, seed_everything
+from job.errors import Preempted
 from job.preemption import Preemption
 from job.profiler import Profiler
 from job.recorder import Recorder
@@ -99,7 +100,11 @@ def main() -> None:
     lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
     comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled))
     with peer_errors():
-        train(config, comm)
+        try:
+            train(config, comm)
+        except Preempted:
+            comm.close()  # under mpirun a rank that leaves the job otherwise has the others killed
+            raise
         comm.close()
 
 

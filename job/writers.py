@@ -10,7 +10,7 @@ from typing import Optional
 from job.comm import Comm
 from job.console import PlainConsole, TerminalConsole, on_terminal
 from job.errors import JobError
-from job.records import JsonLines, Summary, Writer
+from job.records import JsonLines, Record, Summary, Writer
 from job.run_dir import METRICS, TENSORBOARD
 from job.tensorboard import Subject, TensorBoard
 
@@ -25,21 +25,46 @@ def open_writers(
     insides of ``subject`` beside the records.
 
     Raises:
-        JobError: something cannot be written, then or in the block.
+        JobError: a file cannot be written, then or when a writer is called.
     """
-    with told(folder), ExitStack() as stack:
+    with ExitStack() as stack:
         writers: list[Writer] = []
         if comm.rank == 0:
             console = TerminalConsole if on_terminal() else PlainConsole
-            writers = [
-                JsonLines(folder / METRICS, last_step),
-                TensorBoard(folder / TENSORBOARD, last_step, subject),
-                Summary(folder),
-                console(folder, total_steps),
-            ]
+            with told(folder):
+                files = [
+                    JsonLines(folder / METRICS, last_step),
+                    TensorBoard(folder / TENSORBOARD, last_step, subject),
+                    Summary(folder),
+                ]
+            writers = [*(OnDisk(writer, folder) for writer in files), console(folder, total_steps)]
         for writer in writers:
             stack.callback(writer.close)
         yield writers
+
+
+class OnDisk(Writer):
+    """A writer of files in ``folder``, which may be full or broken: then each method raises :class:`JobError`."""
+
+    def __init__(self, writer: Writer, folder: Path) -> None:
+        self._writer = writer
+        self._folder = folder
+
+    def write(self, record: Record) -> None:
+        with told(self._folder):
+            self._writer.write(record)
+
+    def sync(self) -> None:
+        with told(self._folder):
+            self._writer.sync()
+
+    def finish(self, summary: Record) -> None:
+        with told(self._folder):
+            self._writer.finish(summary)
+
+    def close(self) -> None:
+        with told(self._folder):
+            self._writer.close()
 
 
 @contextmanager
@@ -47,8 +72,6 @@ def told(folder: Path) -> Iterator[None]:
     """Turn what the operating system says of a full or broken disk into a message."""
     try:
         yield
-    except BrokenPipeError:  # of the console: nobody reads it any more
-        raise
     except OSError as error:
         raise JobError(
             f"run.dir={folder}: cannot be written: {error.strerror or error}; the last checkpoint is as it was, and the"

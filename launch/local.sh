@@ -58,8 +58,10 @@ training=(python "$root/job/train.py" "${arguments[@]}")
 if [[ $controller == mpi ]]; then
   # What benchmarks/step_time.py found fastest. A rank that waits yields its core; messages go through shared memory
   # alone, without the call that containers forbid; no other machine is asked for, by ssh or by a batch system.
+  # Open MPI refuses root, unless told twice, who is the only user that many containers have.
   settings=(HOROVOD_CONTROLLER=mpi HOROVOD_CPU_OPERATIONS=mpi "HOROVOD_CYCLE_TIME=${HOROVOD_CYCLE_TIME:-0.5}")
-  command=(env "${settings[@]}" mpirun -np "$ranks" --host "localhost:$ranks" --bind-to none
+  as_root=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
+  command=(env "${settings[@]}" "${as_root[@]}" mpirun -np "$ranks" --host "localhost:$ranks" --bind-to none
     --mca mpi_yield_when_idle 1 --mca pml ob1 --mca btl "vader,self" --mca btl_vader_single_copy_mechanism none
     --mca plm isolated --mca ras "^slurm,tm,lsf,gridengine" "${training[@]}")
 else
@@ -78,10 +80,10 @@ env HOROVOD_RANK=0 HOROVOD_SIZE="$ranks" python "$root/job/train.py" --check "${
 
 if [[ $controller == mpi ]]; then
   stop=USR1 # mpirun hands it on; at SIGTERM it kills
-  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # the only user that many containers have
   # mpirun gives each rank a terminal: without a size, and even if there is none to show it on.
   if [[ -t 1 ]]; then
-    { size=$(stty size <&3); } 3>&1
+    export JOB_TERMINAL=yes
+    { size=$(stty size <&3 2>/dev/null) || size='0 0'; } 3>&1
     if ((${size#* })); then export COLUMNS=${size#* }; fi
   else
     export TERM=dumb
@@ -96,6 +98,7 @@ preempted=$(mktemp) # a rank that leaves with a checkpoint writes to it: no laun
 trap 'rm -f "$preempted"' EXIT
 export JOB_PREEMPTED_FILE=$preempted
 stopped=0
+say() { echo "launch/local.sh: $*" >&2 || true; } # whoever read it may be gone
 # shellcheck disable=SC2329 # the traps call them
 pass_on() {
   stopped=$2
@@ -103,14 +106,16 @@ pass_on() {
 }
 # shellcheck disable=SC2329
 preempt() {
-  ((stopped)) || echo "launch/local.sh: stopping after this step, with a checkpoint; a second signal stops at once" >&2
+  local before=$stopped
   pass_on "$stop" 143
   stop=TERM
+  ((before)) || say 'stopping after this step, with a checkpoint; a second signal stops at once'
 }
 set -m
 "${command[@]}" </dev/null &
 launcher=$!
 set +m
+trap '' PIPE # not before the launcher, which would inherit it
 trap 'pass_on INT 130' INT
 trap preempt TERM HUP USR1
 
@@ -120,8 +125,8 @@ if ((stopped)); then # the signal ended the wait, not yet the launcher
   while kill -0 -- "-$launcher" 2>/dev/null; do sleep 0.1; done
 fi
 
-if [[ -s $preempted ]]; then
-  echo "launch/local.sh: preempted, with a checkpoint written; the same command goes on from there" >&2
+if [[ -s $preempted ]] || ((status == 75)); then
+  say 'preempted, with a checkpoint written; the same command goes on from there'
   exit 75
 fi
 if ((stopped)); then exit "$stopped"; fi

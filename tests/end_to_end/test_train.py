@@ -149,7 +149,10 @@ def test_the_launch_script_refuses_what_is_wrong_with_one_message_before_any_ran
 def test_the_launch_script_shows_a_table_and_a_bar_on_a_terminal(tmp_path: Path) -> None:
     command = [str(ROOT / "launch" / "local.sh"), "-np", "2", *synthetic.write(tmp_path / "data"), "run.dir=run"]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*command, "train.epochs=2"], cwd=tmp_path, env=of_user(), stdout=theirs, stderr=theirs)
+    environment = {**of_user(), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [*command, "train.epochs=2"], cwd=tmp_path, env=environment, stdout=theirs, stderr=subprocess.STDOUT
+    )
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # what Linux answers when the other side has closed

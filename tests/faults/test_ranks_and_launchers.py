@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 
@@ -89,11 +90,14 @@ def test_the_launch_script_ends_with_75_and_goes_on_when_given_again(run: Run, t
     ended = finish(process)
     assert ended.code == 75, output + ended.output
     run.assert_nothing_left()
-    stopped_at = ended.output.partition("stopped after step ")[2].partition(",")[0]
+    stopped_at = re.search(r"preempted: rank 0: stopped after step (\d+),", ended.output)
+    assert stopped_at, ended.output
+    assert "improperly" not in ended.output and "second time" not in ended.output  # as mpirun would end other ranks
     again = run.popen(command)
-    wait_for_line(again, f"going on after step {stopped_at}")
+    wait_for_line(again, f"going on after step {stopped_at[1]}\n")
     again.send_signal(signal.SIGTERM)
     finish(again)
+    run.assert_nothing_left()
 
 
 @pytest.mark.fault(3)

@@ -17,8 +17,9 @@ from tests.parallel.conftest import environment, launcher
 # On rank 1 each batch takes half a second to make.
 SLOW_FEED = """
 import time
-from job import train  # first: it shares out the cores before MXNet is imported
-from job import command, steps
+from job.placement import share_cores
+share_cores()  # before MXNet is imported
+from job import command, steps, train
 import mxnet
 from job.placement import placement
 
@@ -34,8 +35,9 @@ command.run(train.main)
 # Rank 1 is told to stop while it makes the batch of its second step.
 STOPPED = """
 import os, signal
-from job import train  # first: it shares out the cores before MXNet is imported
-from job import command, steps
+from job.placement import share_cores
+share_cores()  # before MXNet is imported
+from job import command, steps, train
 from job.placement import placement
 
 def stopping(self, *arguments, original=steps.Feed.__call__, batches=[]):
@@ -48,7 +50,7 @@ steps.Feed.__call__ = stopping
 command.run(train.main)
 """
 
-PLAIN = "from job import train, command; command.run(train.main)"
+PLAIN = "from job.placement import share_cores; share_cores(); from job import train, command; command.run(train.main)"
 
 
 def run(script: str, folder: Path, *overrides: str, controller: str = "gloo", **variables: str) -> tuple[int, str]:

@@ -139,10 +139,12 @@ def test_a_terminal_that_can_only_print_receives_plain_lines(tmp_path: Path) -> 
     assert f"step 10/235 {TRAIN_LINE}" in output.splitlines()
 
 
-@pytest.mark.parametrize("launcher", ["HOROVOD_GLOO_RENDEZVOUS_ADDR", "OMPI_MCA_orte_tag_output"])
-def test_under_a_launcher_that_prefixes_lines_they_are_plain(tmp_path: Path, launcher: str) -> None:
-    output = on_terminal(tmp_path, columns=80, **{launcher: "1"})
+@pytest.mark.parametrize("launcher", ["HOROVOD", "OMPI_COMM_WORLD"])
+def test_under_launchers_lines_are_plain_unless_one_has_the_terminal(tmp_path: Path, launcher: str) -> None:
+    ranks = {f"{launcher}_RANK": "0", f"{launcher}_SIZE": "2"}
+    output = on_terminal(tmp_path, columns=80, **ranks)
     assert f"step 10/235 {TRAIN_LINE}" in output.splitlines() and "\x1b" not in output
+    assert "\x1b" in on_terminal(tmp_path, columns=80, **ranks, JOB_TERMINAL="yes")
 
 
 def test_a_terminal_of_80_columns_shows_progress_in_one_line_and_keeps_what_matters(tmp_path: Path) -> None:

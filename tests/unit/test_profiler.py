@@ -192,8 +192,9 @@ def test_an_error_in_the_run_is_not_covered_by_a_warning(tmp_path: Path, capsys:
 
 SLOW_FEED = """
 import time
-from job import train  # first: it shares out the cores before MXNet is imported
-from job import command, steps
+from job.placement import share_cores
+share_cores()  # before MXNet is imported
+from job import command, steps, train
 import mxnet
 
 def slowly(self, *arguments, original=steps.Feed.__call__):
