@@ -47,14 +47,16 @@ class Run:
         command = [*launcher(ranks), "-m", "tests.faults.broken", *self.arguments, *overrides]
         return self.popen(command, fault)
 
-    def popen(self, command: Sequence[str], fault: str = "none:none:0:0") -> subprocess.Popen[str]:
+    def popen(
+        self, command: Sequence[str], fault: str = "none:none:0:0", stderr: int = subprocess.STDOUT
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command,
             cwd=ROOT,
             env={**environment(), "FAULT": fault, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )

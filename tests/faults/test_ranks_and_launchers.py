@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -110,6 +111,21 @@ def test_a_second_signal_ends_the_launch_script_even_if_a_rank_cannot_stop(run: 
     wait_for_line(process, "stops at once")
     process.send_signal(signal.SIGTERM)
     assert finish(process).code in (143, 75)  # mpirun wakes whom it ends, who may still manage to stop well
+    run.assert_nothing_left()
+
+
+@pytest.mark.fault(3)
+@CONTROLLERS
+def test_the_launch_script_stops_well_though_nobody_reads_its_messages_any_more(
+    run: Run, controller: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    process = run.popen(run.script(2, *controller, "train.epochs=1000"), stderr=writer)
+    os.close(writer)
+    wait_for_line(process, "step 8/")
+    os.close(reader)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).code == 75
     run.assert_nothing_left()
 
 
