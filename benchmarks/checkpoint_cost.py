@@ -15,23 +15,23 @@ import tempfile
 import time
 from pathlib import Path
 
-from job.placement import share_cores
+from job.distributed.placement import share_cores
 
 share_cores()
 
 import mxnet as mx
 import numpy as np
 
-from job import models
-from job.checkpoint import BackgroundWriter, Store, decode_arrays
-from job.comm import Comm
+from job.checkpoints.state import RunState
+from job.checkpoints.store import BackgroundWriter, Store, decode_arrays
 from job.config import Config
-from job.data import Split
-from job.device import seed_everything
-from job.recorder import Recorder
-from job.state import RunState
-from job.steps import Feed, Learner
-from job.sync_batch_norm import convert_sync_batch_norm
+from job.data.idx import Split
+from job.distributed.comm import Comm
+from job.distributed.device import seed_everything
+from job.monitoring.recorder import Recorder
+from job.networks import models
+from job.networks.sync_batch_norm import convert_sync_batch_norm
+from job.training.learner import Feed, Learner
 
 BATCH = 256
 STRETCH = 5  # steps that are timed together; the checkpoint is begun before the first of them

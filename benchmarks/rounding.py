@@ -12,13 +12,14 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import nn
 
-from job import data, models
-from job.comm import Comm
 from job.config import load_config
-from job.device import seed_everything
-from job.sampler import Sampler
-from job.steps import Feed, Learner
-from job.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from job.data import idx
+from job.data.sampler import Sampler
+from job.distributed.comm import Comm
+from job.distributed.device import seed_everything
+from job.networks import models
+from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from job.training.learner import Feed, Learner
 from tests.oracles import batch_norm
 
 STEPS = (5, 10, 30, 50)
@@ -54,7 +55,7 @@ def _errors(layer: nn.BatchNorm, x: np.ndarray, dy: np.ndarray) -> list[float]:
 
 def _losses(dtype: str, reorder: bool) -> list[float]:
     config, comm = load_config(), Comm()
-    train_set = data.load(config.data).train
+    train_set = idx.load(config.data).train
     sampler = Sampler(len(train_set.labels), 256, seed=0)
     seed_everything(0)
     net = models.build(config.model)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from job.placement import placement, share_cores
+from job.distributed.placement import placement, share_cores
 
 if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
     share_cores()
@@ -20,13 +20,14 @@ if placement().size > 1:  # not the process that launches the ranks, which would
 import numpy as np
 
 from benchmarks.runs import as_ranks
-from job import data, models
-from job.comm import Comm, connect
 from job.config import load_config
-from job.device import choose_device, seed_everything
-from job.sampler import Sampler
-from job.steps import Feed, Learner
-from job.sync_batch_norm import convert_sync_batch_norm
+from job.data import idx
+from job.data.sampler import Sampler
+from job.distributed.comm import Comm, connect
+from job.distributed.device import choose_device, seed_everything
+from job.networks import models
+from job.networks.sync_batch_norm import convert_sync_batch_norm
+from job.training.learner import Feed, Learner
 
 WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 12, 8
 RANKS = 2
@@ -54,7 +55,7 @@ def main() -> None:
 
 def _measure(comm: Comm) -> None:
     config = load_config()
-    train_set = data.load(config.data).train
+    train_set = idx.load(config.data).train
     sampler = Sampler(len(train_set.labels), config.data.global_batch_of(comm.size), seed=0)
     learners = [_learner(comm, synchronized) for synchronized in (False, True)]
     step_ms = np.empty((WARMUP_TURNS + TURNS, 2))

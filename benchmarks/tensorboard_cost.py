@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from job.placement import placement, share_cores
+from job.distributed.placement import placement, share_cores
 
 if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
     share_cores()
@@ -36,17 +36,17 @@ def main() -> None:
 
 
 def _measure(arguments: list[str]) -> None:
-    from job import recorder, steps  # noqa: F401  (what training needs anyway is not TensorBoard's)
-    from job.comm import connect
+    from job.distributed.comm import connect
+    from job.training import learner  # noqa: F401  (what training needs anyway is not TensorBoard's)
 
     seconds: dict[str, float] = defaultdict(float)
     began = time.perf_counter()
-    from job.tensorboard import TensorBoard
+    from job.monitoring.tensorboard import TensorBoard
 
     seconds["import"] = time.perf_counter() - began
     from job.cli import parse
-    from job.pace import Pace
     from job.train import train
+    from job.training.pace import Pace
 
     for owner, names in ((TensorBoard, ("__init__", "write", "_draw", "_add_histograms", "finish", "close")),
                          (Pace, ("gather",))):  # fmt: skip

@@ -11,10 +11,12 @@ from typing import Any, NoReturn, Optional
 
 from pydantic_core import PydanticUndefined
 
-from job import preflight, resume, run_dir
+from job import run_dir
+from job.checkpoints import resume
 from job.config import DEFAULT_FILE, Config, fields, load_config
+from job.distributed.placement import placement
 from job.errors import UsageError
-from job.placement import placement
+from job.fitness import preflight
 
 _DESCRIPTION = """Train a Gluon network with BatchNorm on Fashion-MNIST, on any number of ranks.
 

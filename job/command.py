@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from job.distributed.placement import placement
 from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
-from job.placement import placement
 
 _HOLD_SECONDS = 10.0
 

@@ -35,11 +35,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from job import checks, command, machine
-from job.checks import Check
+from job import command
 from job.config import DEFAULT_FILE, Config, load_config
+from job.distributed.placement import cores
 from job.errors import JobError, UsageError
-from job.placement import cores
+from job.fitness import checks, facts
+from job.fitness.checks import Check
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -57,41 +58,41 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         ranks: on this machine; None for what launch/local.sh would start.
     """
     clocks = [(time.time(), time.monotonic())]
-    gpus = machine.Gpus() if config.run.device == "cpu" else machine.gpus()
+    gpus = facts.Gpus() if config.run.device == "cpu" else facts.gpus()
     ranks = ranks or len(gpus.cards) or 2
-    disk, data = machine.disk(config.run.dir), machine.data(config.data)
-    facts = machine.facts(disk, data)
-    packages, horovod = facts["packages"], machine.horovod()
+    disk, data = facts.disk(config.run.dir), facts.data(config.data)
+    known = facts.collect(disk, data)
+    packages, horovod = known["packages"], facts.horovod()
     gpu = checks.gpu(gpus, checks.has_gpu_wheel(packages), config.run.device)
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     found = [
-        checks.python(facts["python"], f"{platform.system()} {platform.machine()}"),
+        checks.python(known["python"], f"{platform.system()} {platform.machine()}"),
         checks.numpy(packages),
         checks.wheels(packages),
-        checks.mxnet(machine.mxnet()),
+        checks.mxnet(facts.mxnet()),
         checks.horovod(horovod),
-        checks.mpirun(machine.mpirun()),
+        checks.mpirun(facts.mpirun()),
         checks.horovodrun(
             _resolved(shutil.which("horovodrun")), str(Path(sys.prefix).resolve() / "bin" / "horovodrun")
         ),
         checks.cores(ranks, cores()),
         checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
-        checks.shared_memory(machine.disk(Path("/dev/shm")), ranks, on_gpus),
-        checks.memory(machine.memory_bytes(), ranks),
-        checks.open_files(machine.open_files()),
+        checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus),
+        checks.memory(facts.memory_bytes(), ranks),
+        checks.open_files(facts.open_files()),
         checks.disk(disk, config),
-        checks.run_dir(machine.write_error(config.run.dir), config),
+        checks.run_dir(facts.write_error(config.run.dir), config),
         checks.data(data),
-        checks.hostname(facts["hostname"], machine.address_error(facts["hostname"])),
-        checks.network(facts["interfaces"]),
+        checks.hostname(known["hostname"], facts.address_error(known["hostname"])),
+        checks.network(known["interfaces"]),
         gpu,
     ]
     if on_gpus:
-        found += [checks.gpu_per_rank(ranks, gpus), checks.driver(gpus), checks.gpu_computes(machine.mxnet_on_gpus())]
+        found += [checks.gpu_per_rank(ranks, gpus), checks.driver(gpus), checks.gpu_computes(facts.mxnet_on_gpus())]
         found += [] if horovod.error else [checks.nccl(horovod)]
     clocks.append((time.time(), time.monotonic()))
     found += [checks.clock(*zip(*clocks)), checks.environment(os.environ)]
-    return facts, found
+    return known, found
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -109,9 +110,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as of train.py")
     options = parser.parse_intermixed_args(arguments)
-    facts, found = examine(load_config(options.config, options.overrides), options.np)
+    known, found = examine(load_config(options.config, options.overrides), options.np)
     if options.json:
-        print(json.dumps({"facts": facts, "checks": [check._asdict() for check in found]}, indent=2))
+        print(json.dumps({"facts": known, "checks": [check._asdict() for check in found]}, indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(found))
     failed = [check.name for check in found if check.status == "fail"]

@@ -20,14 +20,15 @@ from typing import Any, Optional
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from job import command, curves
-from job.data import CLASS_NAMES
+from job import command
+from job.data.idx import CLASS_NAMES
 from job.errors import JobError
-from job.history import History, read_runs
-from job.records import Record
+from job.monitoring import curves
+from job.monitoring.history import History, read_runs
+from job.monitoring.records import Record
 from job.run_dir import write_whole
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).parent / "monitoring" / "report.html"
 NOTHING = "-"
 COLUMNS = "Run,State,Ranks,Steps,Last test accuracy,Best test accuracy,Last test loss,Training,Images/s".split(",")
 

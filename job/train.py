@@ -10,37 +10,39 @@ from pathlib import Path
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from job.placement import placement, share_cores
+from job.distributed.placement import placement, share_cores
 
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
 
 from mxnet.gluon import HybridBlock
 
-from job import command, data, models, run_dir
+from job import command, run_dir
+from job.checkpoints.resume import open_checkpoints
+from job.checkpoints.state import RunState
 from job.cli import parse, require_samples
-from job.comm import Comm, connect, peer_errors
 from job.config import Config
-from job.device import choose_device, seed_everything
+from job.data import idx
+from job.data.sampler import Sampler
+from job.distributed.comm import Comm, connect, peer_errors
+from job.distributed.device import choose_device, seed_everything
+from job.distributed.preemption import Preemption
 from job.errors import Preempted
-from job.preemption import Preemption
-from job.profiler import Profiler
-from job.recorder import Recorder
-from job.resume import open_checkpoints
-from job.sampler import Sampler
-from job.schedule import Schedule, peak_learning_rate
-from job.state import RunState
-from job.steps import Feed, Learner
-from job.sync_batch_norm import convert_sync_batch_norm
-from job.tensorboard import Subject
-from job.writers import open_writers
+from job.monitoring.profiler import Profiler
+from job.monitoring.recorder import Recorder
+from job.monitoring.tensorboard import Subject
+from job.monitoring.writers import open_writers
+from job.networks import models
+from job.networks.sync_batch_norm import convert_sync_batch_norm
+from job.training.learner import Feed, Learner
+from job.training.schedule import Schedule, peak_learning_rate
 
 
 def train(config: Config, comm: Comm) -> HybridBlock:
     """The whole run, the same on every rank. Returns the trained network, of which all ranks hold the same."""
     ctx = choose_device(config.run.device, comm)
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
-        dataset = data.load(config.data)
+        dataset = idx.load(config.data)
         comm.barrier("data")
     sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
     require_samples(config, comm.size, sampler.smallest_batch)
@@ -61,7 +63,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
 
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
-        checkpoints = stack.enter_context(open_checkpoints(config, comm, data.digests(config.data, dataset)))
+        checkpoints = stack.enter_context(open_checkpoints(config, comm, idx.digests(config.data, dataset)))
         checkpoints.resume(state)
         subject = Subject(config, learner, dataset.test)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))

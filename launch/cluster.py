@@ -1,7 +1,7 @@
 """Several machines over ssh; ``launch/cluster.sh --help`` tells how.
 
 Horovod's rendezvous server and its allocation of ranks are used as ``horovodrun`` uses them, but the ranks are started
-by an agent on each host (launch/agent.py), because ``horovodrun`` puts the environment on the remote command line where
+by an agent on each host (launch/hosts/agent.py): ``horovodrun`` puts the environment on the remote command line, where
 everybody can read it, switches the checking of host keys off, cannot pass a signal on to a remote rank (so a remote job
 could not be preempted), makes 1 of every exit code, and opens a connection a rank.
 """
@@ -34,11 +34,11 @@ from horovod.runner.util.network import get_local_host_addresses
 from rich.console import Console
 
 from job.errors import JobError, UsageError
-from launch import host_checks, hostfile
-from launch.arguments import with_auto_resume
-from launch.hostfile import Host
-from launch.ssh import Ssh
-from launch.supervise import SILENCE_SECONDS, Job, Site
+from launch.hosts import checks, hostfile
+from launch.hosts.hostfile import Host
+from launch.hosts.ssh import Ssh
+from launch.hosts.supervise import SILENCE_SECONDS, Job, Site
+from launch.shared.arguments import with_auto_resume
 
 # What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
 _ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA)_\w+|LANG|LC_\w+|TZ")
@@ -190,7 +190,7 @@ def sites(
     network: Mapping[str, Mapping[str, str]],
 ) -> list[Site]:
     """What is started on each host, and what it is sent; ``network`` holds the variables that differ between hosts."""
-    agent = [sys.executable, str(ROOT / "launch" / "agent.py")]
+    agent = [sys.executable, str(ROOT / "launch" / "hosts" / "agent.py")]
     here = [*as_after_login(), *agent]
     passed = environment(options.forward, os.environ)
     return [
@@ -286,7 +286,7 @@ def print_commands(of: Sequence[Site], forward: Iterable[str]) -> None:
 
 def check_hosts(
     options: argparse.Namespace, ssh: Ssh, hosts: Sequence[Host], local: set[str], config: Mapping[str, Any]
-) -> list[host_checks.Answer]:
+) -> list[checks.Answer]:
     """Ask the hosts that get ranks, and print what they say.
 
     Raises:
@@ -294,22 +294,22 @@ def check_hosts(
     """
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
     run_dir = Path(os.getcwd(), config["run"]["dir"])
-    question = host_checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
+    question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
     scripts = {host.name: question.script(host.slots) for host in asked}
     commands = {
         host: [*as_after_login(), *script] if host in local else ssh.command(host, script, first_contact=True)
         for host, script in scripts.items()
     }
     with Console(stderr=True).status(f"asking {len(asked)} hosts"):
-        answers = host_checks.ask_all(commands, question, options.check_timeout)
-    host_checks.place(answers, local)
-    problems = host_checks.judge(answers, ROOT)
-    problems += host_checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
+        answers = checks.ask_all(commands, question, options.check_timeout)
+    checks.place(answers, local)
+    problems = checks.judge(answers, ROOT)
+    problems += checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
     gpus = {answer.host: answer.gpus for answer in answers}
     ranks = {host: len(variables) for host, variables in allocate(hosts, options.np, gpus).items()}
-    chosen = host_checks.interfaces(answers, options.network_interface)
+    chosen = checks.interfaces(answers, options.network_interface)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(host_checks.table(answers, ranks, chosen, problems))
+    console.print(checks.table(answers, ranks, chosen, problems))
     for problem in problems:
         if problem.warning:
             print(f"warning: {problem}", flush=True)
@@ -328,10 +328,10 @@ def start_rendezvous(placed: Mapping[str, list[SlotInfo]]) -> int:
 
 
 def network_variables(
-    answers: Sequence[host_checks.Answer], options: argparse.Namespace, port: int
+    answers: Sequence[checks.Answer], options: argparse.Namespace, port: int
 ) -> dict[str, dict[str, str]]:
     """By host: how its ranks find the rendezvous server and one another. Interfaces may have a name on each host."""
-    chosen = host_checks.interfaces(answers, options.network_interface)
+    chosen = checks.interfaces(answers, options.network_interface)
     return {
         answer.host: {
             "HOROVOD_CONTROLLER": "gloo",

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
 from job.errors import JobError, Preempted, UsageError
-from launch.arguments import with_auto_resume
+from launch.shared.arguments import with_auto_resume
 
 HELP = """usage: python launch/rank.py [--coordinator HOST] [--dry-run] [arguments of job/train.py]
 

@@ -3,7 +3,7 @@
 
 Three layers, each of which has to be clean before the next is looked at: core kinds by their own schemas in strict mode
 (kubernetes-validate), the MPIJob by its types and the operator's validation (v2beta1.py), and whether all of it fits
-together (object_checks.py, job_checks.py).
+together (objects.py, jobs.py).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import yaml
 from pydantic import ValidationError
 
 from job.errors import JobError, UsageError
-from launch.kubernetes import job_checks, object_checks
-from launch.kubernetes.manifest import Document, Problem, all_pods, is_quantity, name
-from launch.kubernetes.v2beta1 import MPIJob
+from launch.kubernetes.checks import jobs, objects
+from launch.kubernetes.checks.manifest import Document, Problem, all_pods, is_quantity, name
+from launch.kubernetes.checks.v2beta1 import MPIJob
 
 RENDER_SECONDS = 60
 HELP = """Check the manifests of PATH..., all of them together, as what is applied to one namespace.
@@ -80,7 +80,7 @@ def problems(documents: Sequence[Document], version: str) -> list[Problem]:
         version: of Kubernetes, such as 1.31.
     """
     found = [problem for document in documents for problem in _of_one(document, version)]
-    checks = (*object_checks.CHECKS, *job_checks.CHECKS)
+    checks = (*objects.CHECKS, *jobs.CHECKS)
     return found or [problem for check in checks for problem in check(documents)]
 
 

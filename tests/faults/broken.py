@@ -11,16 +11,17 @@ import signal
 import time
 from typing import Any
 
-from job.placement import placement, share_cores
+from job.distributed.placement import placement, share_cores
 
 share_cores()
 
 import numpy as np
 
-from job import checkpoint, command, train
-from job.comm import Comm, HorovodComm
-from job.state import RunState
-from job.steps import Learner
+from job import command, train
+from job.checkpoints import store
+from job.checkpoints.state import RunState
+from job.distributed.comm import Comm, HorovodComm
+from job.training.learner import Learner
 
 
 def ancestor(name: str) -> int:
@@ -52,7 +53,7 @@ def full_disk() -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoint._write = fail  # type: ignore[assignment]
+    store._write = fail  # type: ignore[assignment]
 
 
 ACTIONS = {
@@ -114,7 +115,7 @@ elif point == "allreduce":
 elif point == "save":
     plant(RunState, "state_dict", lambda state: state.learner.steps)
 elif point == "write":
-    plant(checkpoint, "_manifest", lambda step, *_: step)
+    plant(store, "_manifest", lambda step, *_: step)
 elif point == "evaluation":
     plant(Learner, "evaluate", lambda learner, *_: learner.steps)
 

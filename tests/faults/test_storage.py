@@ -158,7 +158,7 @@ def test_a_difference_that_the_user_allows_is_no_obstacle(finished: Run) -> None
 
 @pytest.mark.fault(10)
 def test_a_newer_format_is_refused_and_not_passed_over(finished: Run) -> None:
-    from job.checkpoint import _sha256_of
+    from job.checkpoints.store import _sha256_of
 
     file = finished.folder / "checkpoints" / "step-00000018" / "manifest.json"
     manifest = {**json.loads(file.read_text()), "format": 99}

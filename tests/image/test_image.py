@@ -169,7 +169,7 @@ def test_it_tells_an_engine_what_it_is(image: Image) -> None:
 
 
 def test_a_run_in_it_knows_the_commit(image: Image, runs: Path) -> None:
-    ask = "from job.machine import commit; print(commit())"
+    ask = "from job.fitness.facts import commit; print(commit())"
     assert image.run("python", "-c", ask, runs=runs, **DRIVER) == (0, "a-test\n")
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from launch.kubernetes import manifest, validate
-from launch.kubernetes.v2beta1 import MPIJob
+from launch.kubernetes.checks.v2beta1 import MPIJob
 from tests.kubernetes.pod import KUBERNETES, ROOT
 
 OVERLAYS = sorted(folder.name for folder in (KUBERNETES / "overlays").iterdir())

@@ -9,12 +9,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from job.placement import share_cores
+from job.distributed.placement import share_cores
 
 share_cores()
 
 from job import command
-from job.comm import connect
+from job.distributed.comm import connect
 
 TIMEOUT_SECONDS = 60.0
 

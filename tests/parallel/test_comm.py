@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from job.comm import Comm
+from job.distributed.comm import Comm
 
 
 def exchanged(comm: Comm) -> Any:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from job.comm import Comm
 from job.config import load_config
-from job.steps import Feed
+from job.distributed.comm import Comm
 from job.train import train
+from job.training.learner import Feed
 from tests import synthetic
 
 DELAY = 0.5  # seconds, ten times what a step takes

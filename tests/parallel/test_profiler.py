@@ -10,47 +10,54 @@ from pathlib import Path
 
 import pytest
 
-from job.profiler import PARTS
+from job.monitoring.profiler import PARTS
 from tests import synthetic
 from tests.parallel.conftest import environment, launcher
 
 # On rank 1 each batch takes half a second to make.
 SLOW_FEED = """
 import time
-from job.placement import share_cores
+from job.distributed.placement import share_cores
 share_cores()  # before MXNet is imported
-from job import command, steps, train
+from job import command, train
+from job.training import learner
 import mxnet
-from job.placement import placement
+from job.distributed.placement import placement
 
-def slowly(self, *arguments, original=steps.Feed.__call__):
+def slowly(self, *arguments, original=learner.Feed.__call__):
     mxnet.nd.waitall()  # so that no operator hides it
     time.sleep(0.5 * placement().rank)
     return original(self, *arguments)
 
-steps.Feed.__call__ = slowly
+learner.Feed.__call__ = slowly
 command.run(train.main)
 """
 
 # Rank 1 is told to stop while it makes the batch of its second step.
 STOPPED = """
 import os, signal
-from job.placement import share_cores
+from job.distributed.placement import share_cores
 share_cores()  # before MXNet is imported
-from job import command, steps, train
-from job.placement import placement
+from job import command, train
+from job.training import learner
+from job.distributed.placement import placement
 
-def stopping(self, *arguments, original=steps.Feed.__call__, batches=[]):
+def stopping(self, *arguments, original=learner.Feed.__call__, batches=[]):
     batches.append(1)
     if placement().rank == 1 and len(batches) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return original(self, *arguments)
 
-steps.Feed.__call__ = stopping
+learner.Feed.__call__ = stopping
 command.run(train.main)
 """
 
-PLAIN = "from job.placement import share_cores; share_cores(); from job import train, command; command.run(train.main)"
+PLAIN = """
+from job.distributed.placement import share_cores
+share_cores()
+from job import command, train
+command.run(train.main)
+"""
 
 
 def run(script: str, folder: Path, *overrides: str, controller: str = "gloo", **variables: str) -> tuple[int, str]:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from job import run_dir
-from job.checkpoint import decode_arrays, read
-from job.comm import Comm
+from job.checkpoints.store import decode_arrays, read
 from job.config import load_config
-from job.steps import Learner
+from job.distributed.comm import Comm
 from job.train import train
+from job.training.learner import Learner
 from tests import synthetic
 from tests.examples import MEASURED
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from job.comm import Comm, HorovodComm
-from job.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from job.distributed.comm import Comm, HorovodComm
+from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 from tests.oracles import assert_within, batch_norm
 from tests.parallel.conftest import ROOT, environment, launcher
 

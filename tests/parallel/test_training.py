@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mxnet import autograd, gluon
 
-from job import data, models
-from job.comm import Comm
 from job.config import load_config
-from job.device import seed_everything
+from job.data import idx
+from job.distributed.comm import Comm
+from job.distributed.device import seed_everything
+from job.networks import models
 from job.train import train
 from tests.parallel.conftest import environment, launcher
 
@@ -40,7 +41,7 @@ def weights_of(net: gluon.Block) -> Weights:
 def one_process(overrides: list[str], steps: int) -> tuple[Losses, Weights]:
     """The oracle: a plain Gluon loop over whole global batches, with MXNet's BatchNorm; nothing in it is ours."""
     config = load_config(overrides=overrides)
-    train_set = data.load(config.data).train
+    train_set = idx.load(config.data).train
     samples, batch = len(train_set.labels), config.data.global_batch
     seed_everything(config.run.seed)
     net = models.build(config.model)
@@ -77,7 +78,7 @@ def assert_close(result: tuple[Losses, Weights], expected: tuple[Losses, Weights
 def short_test_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides for the real training set beside only 500 test images, where evaluation is not the point."""
     folder = tmp_path_factory.mktemp("data")
-    full = data.load(load_config().data)
+    full = idx.load(load_config().data)
     for name, array in (("train-images-idx3-ubyte", full.train.images), ("train-labels-idx1-ubyte", full.train.labels)):
         (folder / name).symlink_to(str(array.filename))
     images, labels = full.test.images[:500], full.test.labels[:500]
@@ -147,7 +148,7 @@ def test_evaluation_counts_every_test_image_once_and_is_what_plain_gluon_measure
 ) -> None:
     overrides = ["train.max_steps=30", "data.test_batch_per_rank=333"]
     results = run_ranks(losses_and_weights, 3, run_dir=str(tmp_path / "run"), overrides=overrides)
-    config, test_set = load_config(overrides=overrides), data.load(load_config().data).test
+    config, test_set = load_config(overrides=overrides), idx.load(load_config().data).test
     net = models.build(config.model)
     models.initialize(net, mx.cpu())
     for parameter, value in zip(net.collect_params().values(), results[0][1]):
@@ -163,17 +164,18 @@ def test_evaluation_counts_every_test_image_once_and_is_what_plain_gluon_measure
 
 FAIL_ON_RANK_1 = """
 import sys
-from job import command, steps, train
+from job import command, train
+from job.training import learner
 from job.errors import JobError
-from job.placement import placement
+from job.distributed.placement import placement
 
-def failing_step(self, *arguments, original=steps.Learner.step, count=[0]):
+def failing_step(self, *arguments, original=learner.Learner.step, count=[0]):
     count[0] += 1
     if placement().rank == 1 and count[0] == 3:
         raise {error}
     original(self, *arguments)
 
-steps.Learner.step = failing_step
+learner.Learner.step = failing_step
 command.run(train.main)
 """
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from job import checks, doctor, machine
+from job import doctor
 from job.errors import JobError, UsageError
-from job.machine import Answer, Data, Disk, Gpu, Gpus
+from job.fitness import checks, facts
+from job.fitness.facts import Answer, Data, Disk, Gpu, Gpus
 
 A100, H100 = (
     Gpu(f"NVIDIA {name}", capability, "535.129.03") for name, capability in (("A100", (8, 0)), ("H100", (9, 0)))
@@ -39,7 +40,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "memory_bytes": 1 << 40,
         }
         for name, value in {**sound, **changes}.items():
-            monkeypatch.setattr(machine, name, lambda *arguments, value=value: value)
+            monkeypatch.setattr(facts, name, lambda *arguments, value=value: value)
 
     observe()
     return observe
@@ -108,7 +109,7 @@ def test_a_gpu_of_ampere_is_asked_to_compute_and_one_of_hopper_is_refused_first(
     sound = told(capsys)
     assert [sound[name]["status"] for name in ("gpu", "gpu per rank", "driver", "gpu computes", "nccl")] == ["ok"] * 5
     observed(gpus=Gpus((H100,)), packages=GPU_PACKAGES)
-    monkeypatch.setattr(machine, "mxnet_on_gpus", lambda: pytest.fail("asked to compute where it cannot"))
+    monkeypatch.setattr(facts, "mxnet_on_gpus", lambda: pytest.fail("asked to compute where it cannot"))
     refused = told(capsys)
     assert refused["gpu"] == checks.gpu(Gpus((H100,)), True, "auto")._asdict()
     assert refused["gpu"]["status"] == "fail" and "driver" not in refused
@@ -129,11 +130,11 @@ def test_the_arguments_of_training_decide_what_is_looked_at(
 ) -> None:
     (tmp_path / "own.yaml").write_text(f"run: {{dir: {tmp_path}/chosen}}")
     asked: list[Any] = []
-    monkeypatch.setattr(machine, "data", lambda config: asked.append(config.dir) or Data(("/data",)))
+    monkeypatch.setattr(facts, "data", lambda config: asked.append(config.dir) or Data(("/data",)))
     found = told(capsys, "--config", str(tmp_path / "own.yaml"), "data.dir=/mine", "run.device=gpu")
     assert f"run.dir={tmp_path}/chosen" in found["disk"]["message"] and asked == [Path("/mine")]
     assert found["gpu"]["status"] == "fail"
-    monkeypatch.setattr(machine, "gpus", lambda: pytest.fail("a driver is asked though the CPU is wanted"))
+    monkeypatch.setattr(facts, "gpus", lambda: pytest.fail("a driver is asked though the CPU is wanted"))
     assert told(capsys, "run.device=cpu")["gpu"]["status"] == "ok"
 
 

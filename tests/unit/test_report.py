@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import pytest
 
-from job.history import read_runs
+from job.monitoring.history import read_runs
 from job.report import page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What a run keeps, so that no work is lost."""

@@ -1,0 +1,180 @@
+"""Going on with a run: from which checkpoint, and whether it is one of the same run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from job.checkpoints.state import RunState
+from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, read
+from job.config import Config, fields
+from job.distributed.comm import Comm
+from job.errors import CheckpointError, UsageError
+from job.monitoring.recorder import versions
+from job.run_dir import CHECKPOINTS
+
+# What may differ: it changes where and how fast a run learns, but not what. The order of summation apart, that is also
+# true of the number of ranks. A run may be made longer; with a cosine schedule that changes what it learns.
+_FREE = {
+    "run.dir", "run.overwrite", "run.device", "run.resume", "run.resume_ignoring", "run.on_nonfinite",
+    "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps", "train.log_every_steps",
+    "data.dir", "data.cache_dir", "data.mirrors", "data.batch_per_rank", "data.test_batch_per_rank",
+    "data.download_timeout_seconds", "data.download_attempts", "data.lock_timeout_seconds", "checkpoint.every_steps",
+    "checkpoint.keep",
+}  # fmt: skip
+_LENGTH = {"train.epochs", "train.max_steps"}
+
+
+def identity(config: Config, ranks: int, digests: Mapping[str, str]) -> dict[str, Any]:
+    """All keys with their values, the batch and the data as what they come to."""
+    values = config.model_dump(mode="json")
+    values["data"]["global_batch"] = config.data.global_batch_of(ranks)
+    values["data"]["sha256"] = dict(digests)
+    return {key: _value(values, key) for key, _ in fields()}
+
+
+def differences(of: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What keeps a run of identity ``of`` from going on as ``now``, a key a line; nothing if the list is empty."""
+    free = {*(_FREE - _LENGTH if now["schedule.name"] == "cosine" else _FREE), *now["run.resume_ignoring"]}
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields()}
+    was = {**defaults, **of}  # a key that was not there yet had the effect of its default
+    return [
+        f"{key}: {was[key]} there, {now.get(key)} now" for key in was if key not in free and was[key] != now.get(key)
+    ]
+
+
+def check(config: Config, ranks: int) -> None:
+    """Find out early, and without touching anything, what can be known of a resumption before the data is.
+
+    Raises:
+        CheckpointError: there is nothing to go on from.
+        UsageError: what there is is of another run.
+    """
+    if config.run.resume != "never" and (found := _find(config, warn=lambda message: None)):
+        now = identity(config, ranks, config.data.sha256.model_dump())
+        unknown = {key: value for key, value in now.items() if value != "any"}
+        require_same_run(found, {**json.loads(found.state)["config"], **unknown})
+
+
+class Checkpoints:
+    """The checkpoints of a run, written by rank 0 and used by all ranks.
+
+    Args:
+        writer: writes them; None on the other ranks.
+        comm: all ranks.
+        config: of the run.
+        identity: see :func:`identity`.
+    """
+
+    def __init__(
+        self, writer: Optional[BackgroundWriter], comm: Comm, config: Config, identity: dict[str, Any]
+    ) -> None:
+        self._writer = writer
+        self._comm = comm
+        self._config = config
+        self._identity = identity
+
+    def resume(self, state: RunState) -> None:
+        """Load the checkpoint that ``run.resume`` asks for into ``state``; write the first one if there is none.
+
+        Raises:
+            CheckpointError: all are damaged, or of another network.
+            UsageError: it is of another run.
+        """
+        found = self._choose() if self._writer else None
+        arrays = self._comm.broadcast_bytes(found.arrays if found else b"", "checkpoint arrays")
+        values = self._comm.broadcast_bytes(found.state if found else b"", "checkpoint state")
+        if arrays:
+            state.load_state_dict(decode_arrays(arrays), json.loads(values)["parts"])
+        else:  # before anything else is written: a run without a checkpoint has nothing to lose
+            self.save(state)
+            self.finish()
+
+    def save(self, state: RunState) -> None:
+        """Copy the state and start to write it. All ranks call it together, after the same step.
+
+        Raises:
+            DivergedError: the state is not finite: nothing to go on from.
+        """
+        arrays, values = state.state_dict()
+        step = state.learner.steps
+        if self._writer:
+            described = {"config": self._identity, "versions": versions(), "ranks": self._comm.size, "parts": values}
+            self._writer.write(step, arrays, described, state.recorder.score(step))
+
+    @property
+    def failing(self) -> bool:
+        """Whether this rank knows of a checkpoint that could not be written."""
+        return bool(self._writer and self._writer.failure)
+
+    def finish(self) -> None:
+        """Wait until nothing is being written. All ranks call it together.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written. On all ranks.
+        """
+        if self._writer:
+            self._writer.wait()
+        failures = self._comm.gather_text(self._writer.failure if self._writer else "", "checkpoint written")
+        if any(failures):
+            raise CheckpointError("; ".join(filter(None, failures)))
+
+    def _choose(self) -> Optional[Checkpoint]:
+        found = _find(self._config, _warn)
+        if found:
+            require_same_run(found, self._identity)
+            print(f"going on after step {found.step}", flush=True)
+        Store(self._config.run.dir / CHECKPOINTS, 1).tidy(found.step if found else -1)
+        return found
+
+
+@contextmanager
+def open_checkpoints(config: Config, comm: Comm, digests: Mapping[str, str]) -> Iterator[Checkpoints]:
+    """The checkpoints of this run; only rank 0 writes. What is being written at the end is finished."""
+    store = Store(config.run.dir / CHECKPOINTS, config.checkpoint.keep)
+    writer = BackgroundWriter(store) if comm.rank == 0 else None
+    try:
+        yield Checkpoints(writer, comm, config, identity(config, comm.size, digests))
+    finally:
+        if writer:
+            writer.close()
+
+
+def require_same_run(found: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another run.
+
+    Raises:
+        UsageError: naming each key in which they differ.
+    """
+    differing = differences(json.loads(found.state)["config"], now)
+    if differing:
+        raise UsageError(
+            f"the checkpoint after step {found.step} is of another run; they differ in\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\ngive another run.dir, or say with run.resume_ignoring=[KEY, ...] which keys may differ"
+        )
+
+
+def _find(config: Config, warn: Callable[[str], None]) -> Optional[Checkpoint]:
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        return Store(config.run.dir / CHECKPOINTS, 1).newest(warn)
+    try:
+        return read(Path(config.run.resume))
+    except Damaged as error:
+        raise CheckpointError(f"run.resume: no checkpoint that can be gone on from: {error}") from None
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _value(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values

@@ -1,0 +1,1 @@
+"""The data set: fetched, verified, mapped, and cut into batches."""

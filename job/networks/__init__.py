@@ -1,0 +1,1 @@
+"""The networks, and BatchNorm over the global batch."""

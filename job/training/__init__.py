@@ -1,0 +1,1 @@
+"""A step of learning, its schedule, and what it measures."""

@@ -1,0 +1,168 @@
+"""The one list of what a run's future depends on: what it gives, another process can go on from."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from job.checkpoints.state import RunState
+from job.checkpoints.store import decode_arrays, encode_arrays
+from job.config import ModelConfig, OptimizerConfig, TrainConfig
+from job.data.idx import Split
+from job.distributed.comm import Comm
+from job.distributed.device import seed_everything
+from job.errors import CheckpointError, DivergedError
+from job.monitoring.recorder import Recorder
+from job.networks import models
+from job.networks.sync_batch_norm import convert_sync_batch_norm
+from job.training.learner import Feed, Learner
+
+RANDOM = np.random.default_rng(0)
+DATA = Split(RANDOM.integers(0, 256, (60, 28, 28), dtype=np.uint8), RANDOM.integers(0, 10, 60, dtype=np.uint8))
+
+
+class Broken(Feed):
+    """Gives images that are not numbers, as long as it is asked to."""
+
+    broken = False
+
+    def __call__(self, split: Split, samples: Any) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+        images, labels = super().__call__(split, samples)
+        return (images * np.nan if self.broken else images), labels
+
+
+def build(seed: int = 0, on_nonfinite: str = "stop", dense_batch_norm: bool = False, **optimizer: Any) -> RunState:
+    seed_everything(seed)
+    net = models.build(ModelConfig(dense_batch_norm=dense_batch_norm))
+    convert_sync_batch_norm(net, Comm())
+    models.initialize(net, mx.cpu())
+    config = OptimizerConfig(**{"learning_rate": 0.05, **optimizer})
+    learner = Learner(net, Comm(), Broken(mx.cpu(), "float32"), TrainConfig(), config, on_nonfinite)
+    return RunState(learner, Recorder(), seed)
+
+
+def take(state: RunState, steps: int) -> None:
+    for step in range(state.learner.steps, state.learner.steps + steps):
+        state.learner.step(DATA, [np.arange(step * 10, step * 10 + 10) % 60], 10, 0.05)
+
+
+def moved(state: RunState, to: RunState) -> None:
+    """Hand a state over as a checkpoint does, through bytes."""
+    arrays, values = state.state_dict()
+    to.load_state_dict(decode_arrays(encode_arrays(arrays)), json.loads(json.dumps(values)))
+
+
+OPTIMIZERS = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "adam": {"name": "adam", "learning_rate": 0.001},
+}
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS.values()), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize("steps", [0, 3])
+def test_another_learner_goes_on_bit_for_bit(optimizer: dict[str, Any], steps: int) -> None:
+    first, second = build(**optimizer), build(seed=1, **optimizer)
+    take(first, steps)
+    moved(first, second)
+    for state in (first, second):
+        take(state, 4)
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours[1]["train_metrics"] == theirs[1]["train_metrics"]
+    assert ours[1]["progress"] == theirs[1]["progress"] == {"steps": steps + 4, "skipped": 0}
+    assert list(ours[0]) == list(theirs[0])
+    for name, array in ours[0].items():
+        np.testing.assert_array_equal(theirs[0][name], array, err_msg=name)
+
+
+def test_the_running_statistics_are_part_of_it() -> None:
+    arrays, _ = build().state_dict()
+    assert {"network/1.running_mean", "network/1.running_var", "network/0.weight"} <= set(arrays)
+
+
+def test_the_generators_go_on_where_they_were() -> None:
+    first = build()
+    random.random(), np.random.normal()
+    state = first.state_dict()
+    expected = [random.random(), np.random.normal(), np.random.random()]
+    random.seed(9), np.random.seed(9)
+    first.load_state_dict(state[0], json.loads(json.dumps(state[1])))
+    assert [random.random(), np.random.normal(), np.random.random()] == expected
+
+
+def test_the_state_is_a_copy() -> None:
+    state = build()
+    arrays, _ = state.state_dict()
+    before = arrays["network/0.weight"].copy()
+    take(state, 1)
+    state.state_dict()
+    np.testing.assert_array_equal(arrays["network/0.weight"], before)
+
+
+def test_the_state_of_another_network_is_refused_by_the_names_that_differ() -> None:
+    with pytest.raises(CheckpointError, match=r"another network or optimizer: .*running_mean"):
+        moved(build(dense_batch_norm=True), build())
+
+
+def test_numbers_gone_bad_are_no_state_and_the_step_is_named() -> None:
+    state = build()
+    take(state, 2)
+    Broken.broken = True
+    try:
+        take(state, 1)
+    finally:
+        Broken.broken = False
+    with pytest.raises(DivergedError, match=r"^step 3: the loss is .* norm nan"):
+        state.state_dict()
+
+
+def test_numbers_gone_bad_are_found_a_step_later_at_the_latest() -> None:
+    state = build()
+    Broken.broken = True
+    try:
+        take(state, 1)
+        with pytest.raises(DivergedError, match=r"^step 1: the loss is .* norm nan"):
+            take(state, 1)
+    finally:
+        Broken.broken = False
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS.values()), ids=list(OPTIMIZERS))
+def test_a_skipped_update_leaves_no_trace_but_its_number(optimizer: dict[str, Any]) -> None:
+    state = build(on_nonfinite="skip", **optimizer)
+    take(state, 2)
+    before = state.state_dict()
+    Broken.broken = True
+    try:
+        take(state, 1)
+    finally:
+        Broken.broken = False
+    after = state.state_dict()
+    for name, array in before[0].items():
+        np.testing.assert_array_equal(after[0][name], array, err_msg=name)
+    assert after[1]["progress"] == {"steps": 3, "skipped": 1}
+    assert {**after[1], "progress": 0, "records": 0} == {**before[1], "progress": 0, "records": 0}
+    take(state, 1)
+    assert not np.array_equal(state.state_dict()[0]["network/0.weight"], before[0]["network/0.weight"])
+
+
+def test_skipping_costs_nothing_in_exactness() -> None:
+    careful, plain = build(on_nonfinite="skip"), build()
+    for state in (careful, plain):
+        take(state, 3)
+    for ours, theirs in zip(careful.state_dict()[0].values(), plain.state_dict()[0].values()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_vote_to_stop_is_seen_a_step_later() -> None:
+    learner = build().learner
+    learner.step(DATA, [np.arange(10)], 10, 0.05, True)
+    assert not learner.stopping
+    learner.step(DATA, [np.arange(10)], 10, 0.05)
+    assert learner.stopping

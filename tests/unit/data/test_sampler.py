@@ -1,0 +1,161 @@
+"""The sampler against numpy's own way to cut an array, and against a Philox generator written out here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.sampler import Sampler, Span, permutation
+
+RANKS = st.integers(1, 17)
+MICROS = st.integers(1, 5)
+SAMPLES = st.integers(1, 400)
+BATCHES = st.integers(1, 450)
+SEEDS = st.integers(0, 2**31 - 1)
+EPOCHS = st.integers(0, 1000)
+
+
+def global_batch(sampler: Sampler, epoch: int, step: int, size: int, micros: int) -> np.ndarray:
+    shares = [sampler.share(epoch, step, rank, size, micro, micros) for micro in range(micros) for rank in range(size)]
+    return np.concatenate(shares)
+
+
+def philox(seed: int, epoch: int, count: int) -> list[int]:
+    """Philox4x64-10 from the paper (Salmon et al., 2011, section 4.3), as numpy runs it: the counter starts at 1."""
+    mask = 2**64 - 1
+    numbers: list[int] = []
+    for block in range(-(-count // 4)):
+        x, key = [block + 1, 0, 0, 0], [seed, epoch]
+        for _ in range(10):
+            low, high = x[0] * 0xD2E7470EE14C6C93, x[2] * 0xCA5A826395121157
+            x = [(high >> 64) ^ x[1] ^ key[0], high & mask, (low >> 64) ^ x[3] ^ key[1], low & mask]
+            key = [(key[0] + 0x9E3779B97F4A7C15) & mask, (key[1] + 0xBB67AE8584CAA73B) & mask]
+        numbers += x
+    return numbers[:count]
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS, epoch=EPOCHS, seed=SEEDS)
+def test_every_sample_is_seen_exactly_once_in_an_epoch(
+    samples: int, batch: int, size: int, micros: int, epoch: int, seed: int
+) -> None:
+    sampler = Sampler(samples, batch, seed)
+    seen = [global_batch(sampler, epoch, step, size, micros) for step in range(sampler.steps_per_epoch)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(samples))
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS, epoch=EPOCHS, seed=SEEDS)
+def test_shares_are_those_of_numpys_array_split_at_every_level(
+    samples: int, batch: int, size: int, micros: int, epoch: int, seed: int
+) -> None:
+    sampler = Sampler(samples, batch, seed)
+    batches = np.array_split(permutation(samples, seed, epoch), -(-samples // batch))
+    assert sampler.steps_per_epoch == len(batches)
+    for step, expected in enumerate(batches):
+        for micro, part in enumerate(np.array_split(expected, micros)):
+            for rank, share in enumerate(np.array_split(part, size)):
+                np.testing.assert_array_equal(sampler.share(epoch, step, rank, size, micro, micros), share)
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS)
+def test_sizes_differ_by_at_most_one_at_every_level(samples: int, batch: int, size: int, micros: int) -> None:
+    sampler = Sampler(samples, batch, seed=0)
+    batches = [sampler.batch(step) for step in range(sampler.steps_per_epoch)]
+    lengths = [len(span) for span in batches]
+    assert max(lengths) <= batch
+    assert max(lengths) - min(lengths) <= 1
+    assert min(lengths) == sampler.smallest_batch
+    for span in batches:
+        parts = [span.part(micro, micros) for micro in range(micros)]
+        for level in (parts, [parts[0].part(rank, size) for rank in range(size)]):
+            assert max(map(len, level)) - min(map(len, level)) <= 1
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, first=RANKS, second=RANKS, micros=MICROS, seed=SEEDS, data=st.data())
+def test_a_step_trains_on_the_same_samples_for_any_number_of_ranks(
+    samples: int, batch: int, first: int, second: int, micros: int, seed: int, data: st.DataObject
+) -> None:
+    one, other = Sampler(samples, batch, seed), Sampler(samples, batch, seed)
+    step = data.draw(st.integers(0, one.steps_per_epoch - 1))
+    expected = np.sort(global_batch(one, 3, step, first, 1))
+    np.testing.assert_array_equal(np.sort(global_batch(other, 3, step, second, micros)), expected)
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, before=RANKS, after=RANKS, seed=SEEDS, data=st.data())
+def test_a_run_resumed_at_any_step_with_any_ranks_misses_and_repeats_nothing(
+    samples: int, batch: int, before: int, after: int, seed: int, data: st.DataObject
+) -> None:
+    started, resumed = Sampler(samples, batch, seed), Sampler(samples, batch, seed)
+    steps = 2 * started.steps_per_epoch
+    change = data.draw(st.integers(0, steps))
+    seen = np.zeros((2, samples), int)
+    for step in range(steps):
+        epoch, index = divmod(step, started.steps_per_epoch)
+        sampler, size = (started, before) if step < change else (resumed, after)
+        seen[epoch, global_batch(sampler, epoch, index, size, 1)] += 1
+    np.testing.assert_array_equal(seen, 1)
+
+
+@settings(deadline=None)
+@given(seed=SEEDS, other_seed=SEEDS, epoch=EPOCHS, other_epoch=EPOCHS)
+def test_permutations_are_equal_for_the_same_seed_and_epoch_and_for_no_others(
+    seed: int, other_seed: int, epoch: int, other_epoch: int
+) -> None:
+    same = (seed, epoch) == (other_seed, other_epoch)
+    assert np.array_equal(permutation(100, seed, epoch), permutation(100, other_seed, other_epoch)) == same
+
+
+def test_the_next_epoch_and_the_next_seed_have_another_order() -> None:
+    orders = {tuple(permutation(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_a_sampler_goes_back_to_an_earlier_epoch() -> None:
+    sampler = Sampler(100, 100, seed=0)
+    first = sampler.share(0, 0, 0, 1).copy()
+    second = sampler.share(1, 0, 0, 1).copy()
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(sampler.share(0, 0, 0, 1), first)
+
+
+def test_the_tutorials_epoch_has_235_batches_of_256_or_255() -> None:
+    sampler = Sampler(60_000, 256, seed=0)
+    lengths = [len(sampler.batch(step)) for step in range(sampler.steps_per_epoch)]
+    assert len(lengths) == 235
+    assert (lengths.count(256), lengths.count(255)) == (75, 160)  # 75 * 256 + 160 * 255 = 60,000
+    assert sampler.smallest_batch == 255
+
+
+def test_a_span_is_cut_by_hand() -> None:
+    assert [Span(10, 17).part(index, 3) for index in range(3)] == [(10, 13), (13, 15), (15, 17)]
+    assert len(Span(10, 17)) == 7
+    assert [len(Span(5, 7).part(index, 4)) for index in range(4)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 0), (2**31 - 1, 12)])
+def test_the_permutation_sorts_the_philox_stream(seed: int, epoch: int) -> None:
+    keys = philox(seed, epoch, 1001)
+    assert permutation(1001, seed, epoch).tolist() == sorted(range(1001), key=keys.__getitem__)
+
+
+# A release that changes these numbers changes what every run learns, and breaks the resumption of all runs.
+@pytest.mark.parametrize(
+    ("seed", "epoch", "first"),
+    [
+        (0, 0, [47848, 34552, 24994, 32827, 31943, 24289, 10614, 55265]),
+        (0, 1, [12569, 57285, 42502, 35289, 26576, 22685, 6123, 31556]),
+        (42, 3, [18592, 4682, 20826, 15416, 21195, 53036, 22405, 30946]),
+    ],
+)
+def test_the_order_of_fashion_mnist_is_pinned(seed: int, epoch: int, first: list[int]) -> None:
+    keys = philox(seed, epoch, 60_000)
+    assert sorted(range(60_000), key=keys.__getitem__)[:8] == first
+    order = permutation(60_000, seed, epoch)
+    assert order[:8].tolist() == first
+    assert (order.dtype, order.shape) == (np.int64, (60_000,))

@@ -1,0 +1,87 @@
+"""Rank and cores, as each launcher announces them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from job.distributed import placement as placement_module
+from job.distributed.placement import Placement, cores, placement, share_cores
+
+HOROVODRUN = {"HOROVOD_RANK": 5, "HOROVOD_SIZE": 8, "HOROVOD_LOCAL_RANK": 1, "HOROVOD_LOCAL_SIZE": 4}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": 2,
+    "OMPI_COMM_WORLD_SIZE": 3,
+    "OMPI_COMM_WORLD_LOCAL_RANK": 0,
+    "OMPI_COMM_WORLD_LOCAL_SIZE": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*HOROVODRUN, *MPIRUN]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, int]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None = None) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(placement_module, "cpu_quota", lambda: quota)
+    monkeypatch.setenv("OMP_NUM_THREADS", "to be restored")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+def test_a_process_without_a_launcher_is_alone() -> None:
+    assert placement() == Placement(rank=0, size=1, local_rank=0, local_size=1)
+
+
+def test_horovodrun_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(monkeypatch, HOROVODRUN)
+    assert placement() == Placement(rank=5, size=8, local_rank=1, local_size=4)
+
+
+def test_mpirun_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(monkeypatch, MPIRUN)
+    assert placement() == Placement(rank=2, size=3, local_rank=0, local_size=2)
+
+
+def test_horovods_own_variables_stand_before_mpis(monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(monkeypatch, {**HOROVODRUN, **MPIRUN})
+    assert placement() == Placement(rank=5, size=8, local_rank=1, local_size=4)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(16, "4"), (6, "1"), (2, "1")], ids=["even", "uneven", "too few"])
+def test_the_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch, cores: int, threads: str) -> None:
+    announce(monkeypatch, HOROVODRUN)
+    with_cores(monkeypatch, cores)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_a_process_alone_takes_all_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cores(monkeypatch, 6)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.mark.parametrize(("quota", "usable"), [(None, 64), (8.0, 8), (2.5, 2), (0.5, 1), (128.0, 64)])
+def test_a_containers_share_of_the_cores_counts_not_those_of_its_host(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, usable: int
+) -> None:
+    with_cores(monkeypatch, 64, quota)
+    assert cores() == usable
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == str(usable)
+
+
+def test_the_users_own_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(monkeypatch, HOROVODRUN)
+    with_cores(monkeypatch, 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "3"

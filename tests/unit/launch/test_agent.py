@@ -1,0 +1,134 @@
+"""The agent of a host, as the launcher talks to it: a plan and words in, lines and exit codes out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+AGENT = Path(__file__).resolve().parents[3] / "launch" / "hosts" / "agent.py"
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.05; done"  # goes on when asked to stop
+WILLING = "trap 'echo stopped; exit 75' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+class Agent:
+    def __init__(self, script: str, ranks: int = 1, **plan: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(AGENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.send(
+            json.dumps(
+                {
+                    "directory": "/",
+                    "command": ["bash", "-c", script],
+                    "environment": {},
+                    "ranks": [{"HOROVOD_RANK": str(rank)} for rank in range(ranks)],
+                    "silence_seconds": 60,
+                    "grace_seconds": 0.2,
+                    **plan,
+                }
+            )
+        )
+
+    def send(self, word: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(word + "\n")
+
+    def say(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def rest(self) -> list[dict[str, Any]]:
+        assert self.process.stdout
+        return [json.loads(line) for line in self.process.stdout]  # its input stays open all the while
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    agents: list[Agent] = []
+
+    def start(*arguments: Any, **plan: Any) -> Agent:
+        agents.append(Agent(*arguments, **plan))
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        for process in [*children_of(agent), agent.process]:
+            process.kill()
+        agent.process.wait()
+        agent.process.stdin.close()
+        agent.process.stdout.close()
+
+
+def children_of(agent: Agent) -> list[psutil.Process]:
+    return psutil.Process(agent.process.pid).children(recursive=True) if agent.process.poll() is None else []
+
+
+def test_output_and_exit_codes_of_all_ranks_come_back(start: Any) -> None:
+    said = start("echo out $HOROVOD_RANK; echo err >&2; exit $((HOROVOD_RANK + 5))", ranks=2).rest()
+    for rank in range(2):
+        assert {"rank": rank, "stream": "stdout", "text": f"out {rank}"} in said
+        assert {"rank": rank, "stream": "stderr", "text": "err"} in said
+        assert {"rank": rank, "code": 5 + rank} in said
+
+
+def test_the_environment_reaches_the_ranks_and_no_command_line(start: Any) -> None:
+    agent = start("echo $TOKEN; read -r < /dev/zero", environment={"TOKEN": "token-0815"})
+    assert agent.say()["text"] == "token-0815"
+    everything = [psutil.Process(agent.process.pid), *children_of(agent)]
+    assert len(everything) == 2
+    assert not any("token-0815" in " ".join(process.cmdline()) for process in everything)
+
+
+def test_ranks_run_in_the_directory_of_the_plan(start: Any, tmp_path: Path) -> None:
+    assert start("pwd", directory=str(tmp_path)).say()["text"] == str(tmp_path)
+
+
+def test_term_reaches_every_rank(start: Any) -> None:
+    agent = start(WILLING, ranks=2)
+    assert [agent.say()["text"] for _ in range(2)] == ["ready", "ready"]
+    agent.send("term")
+    assert [said["code"] for said in agent.rest() if "code" in said] == [75, 75]
+
+
+def test_kill_ends_a_rank_that_term_does_not(start: Any) -> None:
+    agent = start(STUBBORN)
+    agent.say()
+    agent.send("term")
+    agent.send("here")
+    agent.send("kill")
+    assert agent.rest()[-1] == {"rank": 0, "code": -9}
+
+
+@pytest.mark.parametrize(("script", "code"), [(WILLING, 75), (STUBBORN, -9)])
+def test_without_a_launcher_the_ranks_are_asked_to_stop_and_then_killed(start: Any, script: str, code: int) -> None:
+    agent = start(script)
+    agent.say()
+    agent.process.stdin.close()
+    assert agent.rest()[-1] == {"rank": 0, "code": code}
+
+
+def test_a_silent_launcher_is_taken_for_dead(start: Any) -> None:
+    agent = start(WILLING, silence_seconds=0.3)
+    agent.say()
+    assert agent.rest()[-1] == {"rank": 0, "code": 75}
+
+
+def test_what_a_rank_leaves_behind_is_ended_with_it(start: Any) -> None:
+    agent = start("sleep 1000 & echo $!")
+    left = psutil.Process(int(agent.say()["text"]))
+    assert agent.rest()[-1] == {"rank": 0, "code": 0}
+    psutil.wait_procs([left], timeout=10)
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_command_that_cannot_be_started_is_told(start: Any) -> None:
+    (said,) = start("", command=["/nowhere/python"]).rest()
+    assert "cannot start a rank" in said["error"]
+    assert "/nowhere/python" in said["error"]
