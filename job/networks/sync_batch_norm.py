@@ -102,8 +102,8 @@ class SyncBatchNorm(nn.BatchNorm):
     In training every rank of ``comm`` must run forward and backward, in the same order on all; a rank that never does
     ends the others when the time limit of ``comm`` is over. Inference is MXNet's own, and never communicates.
 
-    On a CPU in float32 the network must be hybridized with ``static_alloc=True, static_shape=True``: elsewhere MXNet
-    1.9.1 hands custom operators memory that it has freed. In other ways of running it training is refused.
+    A network that is hybridized must be so with ``static_alloc=True, static_shape=True`` (on a CPU in float32):
+    otherwise MXNet 1.9.1 hands custom operators memory that it has freed. Training it is refused.
 
     Args:
         comm: the ranks that share statistics.
@@ -122,24 +122,28 @@ class SyncBatchNorm(nn.BatchNorm):
         """Gluon's hook; ``F`` is ``mx.nd`` or ``mx.sym``."""
         if self._kwargs["use_global_stats"] or (F is mx.nd and not mx.autograd.is_training()):
             return super().hybrid_forward(F, x, **parameters)
-        self._require_safe(F, x)
+        self._require_safe(F)
         ordered = [parameters[name] for name in ("gamma", "beta", "running_mean", "running_var")]
         options = {name: str(self._kwargs[name]) for name in ("axis", "eps", "momentum", "fix_gamma")}
-        y = F.Custom(x, *ordered, op_type="sync_batch_norm", group=self.group.key, layer="", name="fwd", **options)
+        # Where no static plan holds it, MXNet 1.9.1 frees what it makes of an array in oneDNN's layout before a custom
+        # operator reads it. A product is in the plain layout, and so is the gradient that flows into one.
+        names = {"op_type": "sync_batch_norm", "group": self.group.key, "layer": "", "name": "fwd"}
+        y = F.Custom(x * 1.0 if F is mx.nd else x, *ordered, **names, **options)
+        y = y * 1.0 if F is mx.nd else y
         return F.relu(y) if self.fuse_relu else y
 
-    def _require_safe(self, F: Any, x: Any) -> None:
+    def _require_safe(self, F: Any) -> None:
         contexts = self.gamma.list_ctx()
         if len(contexts) > 1:
             raise UsageError(f"{self.name}: its parameters are on {len(contexts)} devices; start one rank a device")
         if mx.util.is_np_array():
             raise UsageError(f"{self.name}: MXNet's numpy mode has other operators; call npx.reset_np() before")
-        dtype = x.dtype if F is mx.nd else self.gamma.dtype
-        static = F is not mx.nd and {"static_alloc", "static_shape"} <= {name for name, on in self._flags if on}
-        if contexts[0].device_type == "cpu" and np.dtype(dtype) == np.float32 and not static:
+        static = {"static_alloc", "static_shape"} <= {name for name, on in self._flags if on}
+        on_cpu = contexts[0].device_type == "cpu" and np.dtype(self.gamma.dtype) == np.float32
+        if F is not mx.nd and on_cpu and self._active and not static:
             raise UsageError(
-                f"{self.name}: in float32 on a CPU SyncBatchNorm needs a static plan, because MXNet 1.9.1 hands custom"
-                " operators memory that is already freed; call net.hybridize(static_alloc=True, static_shape=True)"
+                f"{self.name}: hybridized without a static plan MXNet 1.9.1 hands custom operators memory that is"
+                " already freed; call net.hybridize(static_alloc=True, static_shape=True), or do not hybridize"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,7 +167,7 @@ def convert_sync_batch_norm(net: gluon.Block, comm: Comm, unbiased: bool = False
     Raises:
         UsageError: a layer is of a class made from BatchNorm, whose meaning is not known here.
     """
-    layers = _layers(net, nn.BatchNorm)
+    layers = _layers(net, nn.basic_layers._BatchNorm)
     for layer in layers:
         if type(layer) not in (*_CONVERTIBLE, SyncBatchNorm):
             raise UsageError(

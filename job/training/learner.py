@@ -136,7 +136,7 @@ class Learner:
         self._sums.clear()
         self._sums.add(self._votes, np.array([float(stop)]))
         for shards in micros:
-            self._add(self._backward(split, shards, global_batch))
+            self._add(self._backward(split, shards, global_batch), global_batch)
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
         if self._sums.refused and not self._skips:
@@ -196,26 +196,25 @@ class Learner:
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _backward(self, split: Split, shards: Sequence[Shard], global_batch: int) -> list[list[mx.nd.NDArray]]:
-        """Forward and backward of the shards, begun. Of each its loss and how many of its samples it gets right."""
-        feeds = [self._fed(split, shard) for shard in shards]
+        """Forward and backward of the shards, begun. Of each the sum of its losses, and how many samples are right."""
+        feeds = self._fed(split, shards)
         with autograd.record():
             outcomes = self._network(feeds)
-            losses = [loss / global_batch for loss, _ in outcomes]
-        autograd.backward(losses)
-        return [[loss, correct] for loss, (_, correct) in zip(losses, outcomes)]
+        share = mx.nd.full((1,), 1 / global_batch, self.feed.ctx, self.feed.dtype)
+        autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
+        return outcomes
 
-    def _fed(self, split: Split, shard: Shard) -> dict[str, mx.nd.NDArray]:
-        images, labels = self.feed(split, shard.samples)
-        shapes = self._network.mask_shapes(data=images.shape, label=labels.shape)
-        masks = {
-            dropout.mask: mx.nd.array(
-                dropout_mask(dropout, shape, shard.first, self._seed, self.steps, layer),
-                images.context,
-                self.feed.dtype,
-            )
-            for layer, (dropout, shape) in enumerate(zip(self._network.graph.dropouts, shapes))
-        }
-        return {"data": images, "label": labels, **masks}
+    def _fed(self, split: Split, shards: Sequence[Shard]) -> list[dict[str, mx.nd.NDArray]]:
+        images, labels = self.feed(split, np.concatenate([shard.samples for shard in shards]))
+        ends = np.cumsum([len(shard.samples) for shard in shards]).tolist()
+        spans = [slice(end - len(shard.samples), end) for end, shard in zip(ends, shards)]
+        feeds = [{"data": images[span], "label": labels[span]} for span in spans]
+        for feed, shard in zip(feeds, shards):
+            shapes = self._network.mask_shapes(data=feed["data"].shape, label=feed["label"].shape)
+            for layer, (dropout, shape) in enumerate(zip(self._network.graph.dropouts, shapes)):
+                mask = dropout_mask(dropout, shape, shard.first, self._seed, self.steps, layer)
+                feed[dropout.mask] = mx.nd.array(mask, images.context, self.feed.dtype)
+        return feeds
 
     def _lay_out(self, shards: int) -> ExactSum:
         """Give everything that is summed over ranks its place in one vector."""
@@ -233,13 +232,13 @@ class Learner:
             place = self._moments[-1].stop
         return ExactSum(self.comm, place, shards * self._micros, self.feed.dtype)
 
-    def _add(self, outcomes: list[list[mx.nd.NDArray]]) -> None:
+    def _add(self, outcomes: list[list[mx.nd.NDArray]], global_batch: int) -> None:
         """Wait for the gradients of this rank's shards, and add them up."""
         for parameter, place in zip(self._trained, self._places):
             for gradient in self._network.gradients[parameter.name]:
                 self._sums.add(place.start, _values(gradient))
-        for loss, correct in outcomes:
-            self._sums.add(self._loss, _values(loss))
+        for losses, correct in outcomes:
+            self._sums.add(self._loss, _values(losses) / global_batch)
             self._sums.add(self._correct, _values(correct))
 
     def _reduce(self, images: int) -> None:
@@ -260,7 +259,7 @@ class Learner:
         limit = self._clip_norm
         scale = limit / max(self._gradient_norm, limit) if limit is not None else 1.0
         for parameter, gradient in zip(self._trained, gradients):
-            parameter.grad()[:] = (gradient * scale).reshape(parameter.shape)
+            _write(parameter.grad(), gradient * scale)
             parameter.data()._fresh_grad = True  # or the trainer takes it for one that was forgotten
         loss, correct = self._sums.read(self._loss, self._correct + 1).tolist()
         self.meter.add(Totals(loss * global_batch, correct, global_batch))
@@ -318,6 +317,14 @@ def _values(array: mx.nd.NDArray) -> np.ndarray:
     """The numbers of an array (n,), when they are there; without a copy on the CPU."""
     array.wait_to_read()
     return (host_view(array) if array.context.device_type == "cpu" else array.asnumpy()).ravel()
+
+
+def _write(array: mx.nd.NDArray, values: np.ndarray) -> None:
+    """Fill an array that nobody is computing or reading with values (n,)."""
+    if array.context.device_type == "cpu":
+        host_view(array).ravel()[:] = values
+    else:
+        array[:] = values.reshape(array.shape)
 
 
 def _squares(arrays: list[mx.nd.NDArray]) -> mx.nd.NDArray:
