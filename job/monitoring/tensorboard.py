@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
+from mxnet.gluon import nn
 from PIL import Image
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboardX import SummaryWriter
@@ -146,6 +147,8 @@ class TensorBoard(Writer):
     def _project(self, subject: Subject, step: int) -> None:
         """The features that the last layer decides by. Rank 0 computes them alone: inference never communicates."""
         if (self._folder / f"{step:05d}").exists():  # a run that was complete before
+            return
+        if not isinstance(subject.learner.net, nn.HybridSequential):  # where the last layer is, is not known
             return
         learner, shown = subject.learner, slice(0, PROJECTED)
         images, _ = learner.feed(subject.test, shown)
