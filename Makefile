@@ -13,7 +13,7 @@ lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-pyth
 	--custom-compile-command 'make lock' pyproject.toml
 
 .PHONY: help setup train test test-slow test-faults test-browser test-cluster test-slurm image-test doctor kubernetes bench \
-	tensorboard screenshots lint lock clean
+	tensorboard screenshots docs lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,9 @@ kubernetes: setup ## render the manifests of launch/kubernetes and check them, w
 screenshots: setup ## draw the pictures in docs/images/ anew, of runs made for them: a quarter of an hour
 	@.venv/bin/python -m benchmarks.screenshots
 	@.venv/bin/python -m benchmarks.rank_curves
+
+docs: setup ## write docs/configuration.md anew from the schema in job/config.py
+	@.venv/bin/python -m job.config > docs/configuration.md
 
 lint: setup ## ruff, mypy, and which room of job/ may import which
 	@.venv/bin/python -m ruff check .

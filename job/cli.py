@@ -7,13 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Optional
-
-from pydantic_core import PydanticUndefined
+from typing import NoReturn, Optional
 
 from job import run_dir
 from job.checkpoints import resume
-from job.config import DEFAULT_FILE, Config, fields, load_config
+from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, load_config, written
 from job.distributed.placement import placement
 from job.errors import UsageError
 from job.fitness import preflight
@@ -93,21 +91,10 @@ def _keys() -> str:
     """All keys with default and meaning, one a line, grouped by section."""
     lines = ["keys, with their defaults:"]
     for key, field in fields():
-        assignment = f"{key}={_default(field)}"
+        assignment = f"{key}={written(default_of(field))}"
         if len(assignment) > _COLUMN:
             lines.append(f"  {assignment}")
             assignment = ""
-        lines.append(f"  {assignment:<{_COLUMN}} {_choices(field)}{field.description}")
+        choices = f"{'|'.join(choices_of(field))}: " if choices_of(field) else ""
+        lines.append(f"  {assignment:<{_COLUMN}} {choices}{field.description}")
     return "\n".join(lines) + "\n"
-
-
-def _default(field: Any) -> str:
-    value = field.default if field.default is not PydanticUndefined else field.default_factory()
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return "[...]" if isinstance(value, list) and value else str(value)
-
-
-def _choices(field: Any) -> str:
-    choices = getattr(field.annotation, "__args__", ())
-    return f"{'|'.join(choices)}: " if choices and all(isinstance(c, str) for c in choices) else ""

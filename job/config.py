@@ -299,6 +299,24 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
             yield prefix + name, field
 
 
+def default_of(field: Any) -> Any:
+    """The value of a key that nobody sets."""
+    return field.get_default(call_default_factory=True)
+
+
+def written(value: Any) -> str:
+    """``value`` as the command line takes it; a list that is not empty is left out."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "[...]" if isinstance(value, list) and value else str(value)
+
+
+def choices_of(field: Any) -> Sequence[str]:
+    """The words that a key takes, where there are only a few."""
+    choices = getattr(field.annotation, "__args__", ())
+    return choices if all(isinstance(choice, str) for choice in choices) else ()
+
+
 def load_config(file: Optional[Path] = None, overrides: Sequence[str] = ()) -> Config:
     """Read ``file`` (default: the tutorial's recipe), apply ``key.path=value`` overrides, validate.
 
@@ -395,3 +413,61 @@ def _nearest(key: str) -> str:
 
 def _kind(value: object) -> str:
     return "list" if isinstance(value, list) else type(value).__name__
+
+
+# --- docs/configuration.md -------------------------------------------------------------------------------------------
+
+_PAGE = """# Configuration
+
+<!-- Made from job/config.py by `make docs`. Do not edit: change the schema, then run it again. -->
+
+Every key has a default. A YAML file changes some of them (`--config FILE`; without it, `configs/fashion_mnist.yaml`).
+The command line changes some again: `optimizer.learning_rate=0.1`. The last one wins.
+
+    python job/train.py --config configs/smoke.yaml train.epochs=2 run.dir=runs/two
+
+All keys and values are checked before any rank starts. One message names everything that is wrong, and the exit code
+is 2. `python job/train.py --check [arguments]` prints the configuration that a command means, and starts nothing.
+"""
+_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
+_LISTS = {str: "list of texts", float: "list of numbers"}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def page() -> str:
+    """All keys as Markdown, a table for each section: key, default, what it takes, meaning."""
+    text, section = _PAGE, ""
+    for key, field in fields():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            text += f"\n## {section}\n\n| key | default | takes | meaning |\n|---|---|---|---|\n"
+        text += f"| `{key}` | {_default_cell(field)} | {_takes(field)} | {field.description} |\n"
+    return text
+
+
+def _default_cell(field: Any) -> str:
+    value = default_of(field)
+    if isinstance(value, Path) and _cache_home() in value.parents:
+        value = Path("~/.cache") / value.relative_to(_cache_home())
+    values = value if isinstance(value, list) and value else [written(value)]
+    return "<br>".join(f"`{item}`" for item in values)
+
+
+def _takes(field: Any) -> str:
+    """Type and limits, in words: ``whole number, at least 1, or null``."""
+    if choices_of(field):
+        return ", ".join(f"`{choice}`" for choice in choices_of(field))
+    kinds = getattr(field.annotation, "__args__", (field.annotation,))
+    is_list = getattr(field.annotation, "__origin__", None) is list
+    limits = [
+        f"{word} {getattr(limit, name):,}"
+        for limit in field.metadata
+        for name, word in _LIMITS.items()
+        if hasattr(limit, name)
+    ]
+    words = ", ".join([(_LISTS if is_list else _TYPES)[kinds[0]], *limits])
+    return words + (", or `null`" if type(None) in kinds else "")
+
+
+if __name__ == "__main__":
+    print(page(), end="")
