@@ -1,4 +1,4 @@
-"""Several machines over ssh; ``launch/cluster.sh --help`` tells how.
+"""Run by launch/cluster.sh, for a person: several machines over ssh. ``launch/cluster.sh --help`` says how.
 
 Horovod's rendezvous server and its allocation of ranks are used as ``horovodrun`` uses them, but the ranks are started
 by an agent on each host (launch/hosts/agent.py): ``horovodrun`` puts the environment on the remote command line, where

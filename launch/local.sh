@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One machine, N ranks. It checks the configuration once, before any rank starts, and then is `mpirun` or `horovodrun`
-# with the options that one always wants. The working directory stays yours: relative paths are from there.
+# A person runs this: one machine, N ranks.
+# It checks the configuration once, before any rank starts, and then is `mpirun` or `horovodrun` with
+# the options that one always wants. The working directory stays yours: relative paths are from there.
 set -euo pipefail
 
 usage() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Start this task's ranks where no launcher can reach the other machines: under Slurm, and in an Indexed Job.
+"""Run by a Slurm task or by a pod of an Indexed Job: starts its ranks, where no launcher reaches the other machines.
 
 Slurm and Kubernetes start the tasks of a job by themselves and tell each, in its environment, which one it is. What is
 left to do is what ``horovodrun`` does over ssh: the task of rank 0 opens Horovod's rendezvous server, all tasks report

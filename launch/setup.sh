@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The one set-up. `make train`, `make test` and the Dockerfile all come through here, so what works for one works for all.
+# A person runs this, or make, or the build of the image: the one set-up.
+#
+# `make train`, `make test` and the Dockerfile all come through here, so what works for one works for all.
 #
 # It makes .venv beside job/: a Python that MXNet 1.9.1 accepts, the exact packages of requirements-*.txt, and Horovod
 # built against them. Each stage leaves a stamp with a hash of what it was made from, so a second call finds nothing to

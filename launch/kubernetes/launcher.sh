@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The launcher pod: launch/cluster.sh, and again after each preemption, but never after a failure of the job's own.
+# The launcher pod of the MPIJob runs this: launch/cluster.sh, again after a preemption, never after the job itself failed.
 set -uo pipefail
 
 usage() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check manifests without a cluster: ``python launch/kubernetes/validate.py --help``.
+"""A person runs this, or ``make kubernetes``: it checks manifests without a cluster. ``--help`` says more.
 
 Three layers, each of which has to be clean before the next is looked at: core kinds by their own schemas in strict mode
 (kubernetes-validate), the MPIJob by its types and the operator's validation (v2beta1.py), and whether all of it fits
