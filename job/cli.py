@@ -87,6 +87,21 @@ def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:
         )
 
 
+def settle_shards(config: Config, ranks: int, smallest_batch: int, tell: bool) -> Config:
+    """The configuration with the number of shards that is used: at least the ranks, at most the smallest batch.
+
+    If it is not the one that was asked for, and ``tell``, it is said, and written to the run's ``config.yaml``.
+    """
+    asked = config.data.shards
+    shards = min(max(asked, ranks), smallest_batch // config.train.accumulate_steps)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shards": shards})})
+    if tell and shards != asked:
+        why = f"{ranks} ranks need as many" if shards > asked else f"the smallest batch is of {shards} samples"
+        print(f"data.shards={shards}, not {asked}: {why}", flush=True)
+        run_dir.write_whole(config.run.dir / run_dir.CONFIG, config.to_yaml())
+    return config
+
+
 def _keys() -> str:
     """All keys with default and meaning, one a line, grouped by section."""
     lines = ["keys, with their defaults:"]

@@ -152,8 +152,11 @@ class DataConfig(Section):
         description="folder for fetched data, shared by all runs",
     )
     global_batch: Optional[int] = Field(256, ge=1, description="samples in one step, over all ranks")
+    shards: int = Field(
+        8, ge=1, description="parts that a global batch is computed in; at least the ranks, at most the smallest batch"
+    )
     batch_per_rank: Optional[int] = Field(None, ge=1, description="samples in one step on each rank, instead")
-    test_batch_per_rank: int = Field(500, ge=1, description="most test samples in one forward pass on a rank")
+    test_batch_per_rank: int = Field(500, ge=1, description="most test samples in one forward pass")
     mirrors: List[str] = Field(  # noqa: UP006
         [
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -201,7 +204,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of weights and activations; float64 takes twice as long"
     )
-    sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each rank's")
+    sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each shard's")
     dense_batch_norm: bool = Field(False, description="BatchNorm on the dense layer too (the tutorial's exercise)")
 
     @model_validator(mode="after")

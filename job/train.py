@@ -20,10 +20,10 @@ from mxnet.gluon import HybridBlock
 from job import command, run_dir
 from job.checkpoints.resume import open_checkpoints
 from job.checkpoints.state import RunState
-from job.cli import parse, require_samples
+from job.cli import parse, require_samples, settle_shards
 from job.config import Config
 from job.data import idx
-from job.data.sampler import Sampler
+from job.data.sampler import Sampler, own_shards
 from job.distributed.comm import Comm, connect, peer_errors
 from job.distributed.device import choose_device, seed_everything
 from job.distributed.preemption import Preemption
@@ -33,7 +33,6 @@ from job.monitoring.recorder import Recorder
 from job.monitoring.tensorboard import Subject
 from job.monitoring.writers import open_writers
 from job.networks import models
-from job.networks.sync_batch_norm import convert_sync_batch_norm
 from job.training.learner import Feed, Learner
 from job.training.schedule import Schedule, peak_learning_rate
 
@@ -46,16 +45,16 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         comm.barrier("data")
     sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
     require_samples(config, comm.size, sampler.smallest_batch)
-    micros = config.train.accumulate_steps
+    config = settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
+    shards, micros = config.data.shards, config.train.accumulate_steps
+    own = own_shards(comm.rank, comm.size, shards)
     total_steps = min(config.train.max_steps or sys.maxsize, config.train.epochs * sampler.steps_per_epoch)
 
     seed_everything(config.run.seed)
     net = models.build(config.model)
-    if config.model.sync_batch_norm:  # with one rank too, for the same arithmetic
-        convert_sync_batch_norm(net, comm)
     models.initialize(net, ctx, config.model.dtype)
     feed = Feed(ctx, config.model.dtype)
-    learner = Learner(net, comm, feed, config.train, config.optimizer, config.run.on_nonfinite)
+    learner = Learner(net, comm, feed, config)
     peak = peak_learning_rate(config.optimizer, comm.size)
     schedule = Schedule(config.schedule, peak, sampler.steps_per_epoch, total_steps)
     recorder = Recorder(ranks=comm.size)
@@ -70,12 +69,12 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         profiler = stack.enter_context(Profiler(config, comm, learner))
         for step in range(learner.steps, total_steps):
             epoch, index = divmod(step, sampler.steps_per_epoch)
-            shares = [sampler.share(epoch, index, comm.rank, comm.size, micro, micros) for micro in range(micros)]
+            batch = [sampler.shards(epoch, index, own, shards, micro, micros) for micro in range(micros)]
             stop = bool(preemption.signal) or checkpoints.failing
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
             logs = epoch_ends or (step + 1) % config.train.log_every_steps == 0
             with profiler.step(step + 1), comm.guard(f"step {step + 1}"):
-                learner.step(dataset.train, shares, len(sampler.batch(index)), schedule(step), stop, logs)
+                learner.step(dataset.train, batch, len(sampler.batch(index)), schedule(step), stop, logs)
 
             if logs:
                 recorder.train(step + 1, epoch, learner.totals(), schedule(step), **learner.vitals())
@@ -90,7 +89,9 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         recorder.finish(
             ranks=comm.size,
             train_examples_per_epoch=sampler.samples,
+            shards=shards,
             sync_batch_norm=config.model.sync_batch_norm,
+            weights_sha256=state.weights_sha256(),
             skipped_updates=learner.skipped,
         )
     return net

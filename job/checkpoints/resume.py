@@ -17,8 +17,8 @@ from job.errors import CheckpointError, UsageError
 from job.monitoring.recorder import versions
 from job.run_dir import CHECKPOINTS
 
-# What may differ: it changes where and how fast a run learns, but not what. The order of summation apart, that is also
-# true of the number of ranks. A run may be made longer; with a cosine schedule that changes what it learns.
+# What may differ: it changes where and how fast a run learns, but not what. A run may be made longer; with a cosine
+# schedule that changes what it learns.
 _FREE = {
     "run.dir", "run.overwrite", "run.device", "run.resume", "run.resume_ignoring", "run.on_nonfinite",
     "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps", "train.log_every_steps",
@@ -56,8 +56,8 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.run.resume != "never" and (found := _find(config, warn=lambda message: None)):
         now = identity(config, ranks, config.data.sha256.model_dump())
-        unknown = {key: value for key, value in now.items() if value != "any"}
-        require_same_run(found, {**json.loads(found.state)["config"], **unknown})
+        known = {key: value for key, value in now.items() if value != "any" and key != "data.shards"}
+        require_same_run(found, {**json.loads(found.state)["config"], **known})
 
 
 class Checkpoints:
@@ -95,11 +95,7 @@ class Checkpoints:
             self.finish()
 
     def save(self, state: RunState) -> None:
-        """Copy the state and start to write it. All ranks call it together, after the same step.
-
-        Raises:
-            DivergedError: the state is not finite: nothing to go on from.
-        """
+        """Copy the state and start to write it. All ranks call it together, after the same step."""
         arrays, values = state.state_dict()
         step = state.learner.steps
         if self._writer:

@@ -14,6 +14,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from job.checkpoints.store import weights_sha256
 from job.errors import CheckpointError
 from job.monitoring.recorder import Recorder
 from job.training.learner import Learner
@@ -47,12 +48,7 @@ class RunState:
         }
 
     def state_dict(self) -> tuple[Arrays, dict[str, Any]]:
-        """The arrays as ``part/name``, and the rest as ``{part: {name: value}}``. Waits for the last step.
-
-        Raises:
-            DivergedError: the last step gave numbers that are not finite: nothing to go on from.
-        """
-        self.learner.settle()
+        """The arrays as ``part/name``, and the rest as ``{part: {name: value}}``. Waits for the last step."""
         arrays: Arrays = {}
         values: dict[str, Any] = {}
         for part, stateful in self.parts.items():
@@ -60,6 +56,10 @@ class RunState:
             arrays.update({f"{part}/{name}": value for name, value in state.items() if isinstance(value, np.ndarray)})
             values[part] = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
         return arrays, values
+
+    def weights_sha256(self) -> str:
+        """See :func:`job.checkpoints.store.weights_sha256`."""
+        return weights_sha256(self.parts["network"].state_dict())
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave.

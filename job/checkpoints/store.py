@@ -27,7 +27,7 @@ import numpy as np
 
 from job.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1 was of runs without shards
 ARRAYS, STATE, MANIFEST = "arrays.params", "state.json", "manifest.json"
 _PARTIAL = ".partial"  # ends the name of what is being written or removed
 
@@ -81,7 +81,7 @@ class Store:
             files = {ARRAYS: encode_arrays(arrays), STATE: json.dumps(state).encode()}
             for name, content in files.items():
                 _write(temporary / name, content)
-            _write(temporary / MANIFEST, _manifest(step, score, files))
+            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(_network(arrays))))
             _sync(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)
@@ -182,10 +182,33 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: is of format {manifest['format']}, this program knows formats up to {FORMAT}; use a newer one"
             )
+        if manifest["format"] < FORMAT:
+            raise CheckpointError(
+                f"{path}: was written by an earlier version, whose training summed in another order; go on with that"
+                " version, or give another run.dir to train anew"
+            )
         arrays, state = (_read_verified(path / name, manifest["files"][name]) for name in (ARRAYS, STATE))
         return Checkpoint(int(manifest["step"]), arrays, state)
     except (KeyError, TypeError, ValueError):
         raise Damaged(f"{path / MANIFEST}: damaged: not a manifest") from None
+
+
+def weights_sha256(weights: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of a network's weights and running statistics, by name; equal for equal bits, and only for them.
+
+    Of each array, in the order of names: the line ``NAME TYPE SHAPE`` (``3.gamma float32 20``, ``4.weight float32
+    50x20x3x3``), then its numbers, little-endian, in the order of rows.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        array = weights[name]
+        digest.update(f"{name} {array.dtype.name} {'x'.join(map(str, array.shape))}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _network(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name[len("network/") :]: array for name, array in arrays.items() if name.startswith("network/")}
 
 
 def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -210,9 +233,9 @@ def decode_arrays(content: bytes) -> dict[str, np.ndarray]:
     return {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(content).items()}
 
 
-def _manifest(step: int, score: Any, files: Mapping[str, bytes]) -> bytes:
+def _manifest(step: int, score: Any, files: Mapping[str, bytes], weights: str) -> bytes:
     sums = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
-    manifest = {"format": FORMAT, "step": step, "score": score, "files": sums}
+    manifest = {"format": FORMAT, "step": step, "score": score, "weights_sha256": weights, "files": sums}
     return json.dumps({**manifest, "sha256": _sha256_of(manifest)}, indent=2).encode()
 
 

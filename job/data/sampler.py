@@ -1,8 +1,8 @@
 """Which samples each rank sees at each step: pure index arithmetic, without state.
 
 One permutation of the data set per (seed, epoch) is cut into batches, a batch into micro-batches, and a micro-batch
-into one share per rank. Every cut is into parts whose sizes differ by at most one. So the global batch of a step holds
-the same samples for any number of ranks, and a run can go on from any step with any number of ranks.
+into shards, of which each rank has a range. Every cut is into parts whose sizes differ by at most one. So the shards of
+a step hold the same samples for any number of ranks, and a run can go on from any step with any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ class Span(NamedTuple):
 
     def __len__(self) -> int:  # a NamedTuple's own length would be 2
         return self.stop - self.start
+
+
+class Shard(NamedTuple):
+    """The part of a global batch that is computed as one, whoever computes it."""
+
+    samples: np.ndarray  # int64 indices into the data set
+    first: int  # the place of the first one in the global batch
 
 
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -60,12 +67,18 @@ class Sampler:
         """The global batch of step ``step`` of an epoch, as a span of the epoch's permutation."""
         return Span(0, self.samples).part(step, self.steps_per_epoch)
 
-    def share(self, epoch: int, step: int, rank: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
-        """The samples, as int64 indices, of one rank in micro-batch ``micro`` of ``micros`` of a step of an epoch."""
-        span = self.batch(step).part(micro, micros).part(rank, size)
-        return self._permutation(epoch)[span.start : span.stop]
+    def shards(self, epoch: int, step: int, own: range, shards: int, micro: int = 0, micros: int = 1) -> list[Shard]:
+        """The shards with numbers ``own``, of ``shards``, in micro-batch ``micro`` of ``micros`` of a step."""
+        batch, order = self.batch(step), self._permutation(epoch)
+        spans = [batch.part(micro, micros).part(index, shards) for index in own]
+        return [Shard(order[span.start : span.stop], span.start - batch.start) for span in spans]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             self._order = (epoch, permutation(self.samples, self.seed, epoch))
         return self._order[1]
+
+
+def own_shards(rank: int, size: int, shards: int) -> range:
+    """The numbers of the shards that a rank computes: a contiguous range."""
+    return range(*Span(0, shards).part(rank, size))

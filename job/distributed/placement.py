@@ -43,10 +43,12 @@ def cores() -> int:
 def share_cores() -> None:
     """Give each rank of this node its part of the cores. To be called before MXNet and Horovod are imported.
 
-    MXNet sizes its OpenMP pool when it is imported, by default for half of all logical cores in every process; ranks
-    that each claim the same cores slow one another down. A value that the user has set stands.
+    An operator is computed by one thread, so that its bits do not depend on how many cores a rank has; the rank's
+    cores compute operators of several shards side by side. A value that the user has set stands.
     """
     ranks = placement().local_size
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MXNET_CPU_WORKER_NTHREADS", str(max(1, cores() // ranks)))
+    os.environ.setdefault("MXNET_CPU_TEMP_COPY", "64")  # or operators wait for one another's scratch memory
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

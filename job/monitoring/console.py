@@ -101,7 +101,7 @@ def conclude(summary: Record, folder: Path) -> list[str]:
         f"look: tensorboard --logdir {shlex.quote(str(folder))}",
         f"done: test accuracy {summary['test_accuracy']:.4f}, loss {summary['test_loss']:.4f} after"
         f" {summary['steps']} steps ({summary['images_per_second']:.0f} images/s on {summary['ranks']}"
-        f" rank{'s' * (summary['ranks'] > 1)}); all of it is in {folder}",
+        f" rank{'s' * (summary['ranks'] > 1)}); weights {summary['weights_sha256'][:12]}; all of it is in {folder}",
     ]
 
 

@@ -11,10 +11,7 @@ The passes subtract a ``center`` (C,) before they multiply, in the arrays' own p
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, Protocol
 
 import mxnet as mx
@@ -89,24 +86,25 @@ class CpuPasses:
 
     def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
         mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
-        _run(_moments_of_columns if x.shape[2] == 1 else _moments_of_rows, host_view(x), mean, m2)
+        loop = _moments_of_columns if x.shape[2] == 1 else _moments_of_rows
+        loop(host_view(x), mean, m2)
         return mean, m2
 
     def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
         source, target = host_view(x), host_view(out)
-        _run(_affine, source, *_cast(source, center, scale, shift), target)
+        _affine(source, *_cast(source, center, scale, shift), target)
 
     def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
         sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
         source = host_view(x)
-        _run(_products, host_view(dy), source, *_cast(source, center), sums, products)
+        _products(host_view(dy), source, *_cast(source, center), sums, products)
         return sums, products
 
     def combine(
         self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
     ) -> None:
         source = host_view(x)
-        _run(_combine, host_view(dy), source, *_cast(source, center, a, b, c), host_view(out))
+        _combine(host_view(dy), source, *_cast(source, center, a, b, c), host_view(out))
 
 
 def passes_for(x: mx.nd.NDArray) -> Passes:
@@ -126,46 +124,34 @@ def host_view(array: mx.nd.NDArray) -> np.ndarray:
     return np.frombuffer(memory, dtype=dtype).reshape(array.shape)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="batch_norm")
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile to machine code at the first call, without the interpreter's lock; ``options`` are numba's."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # nowhere to keep compiled code, as in a read-only container
+            return numba.njit(nogil=True, **options)(function)
+
+    return compile_
 
 
-def _run(loop: Callable[..., None], source: np.ndarray, *arguments: np.ndarray) -> None:
-    """Run ``loop`` over ranges of channels side by side, on as many threads as MXNet's own operators take."""
-    channels = source.shape[1]
-    threads = min(channels, int(os.environ.get("OMP_NUM_THREADS") or 1))
-    if threads == 1:
-        loop(0, channels, source, *arguments)
-        return
-    bounds = [channels * index // threads for index in range(threads + 1)]
-    try:
-        list(_pool(threads).map(lambda first, last: loop(first, last, source, *arguments), bounds[:-1], bounds[1:]))
-    except RuntimeError:  # a backward that nobody waited for, while the interpreter ends and takes no more work
-        loop(0, channels, source, *arguments)
+# Sums reordered for vector units: in another order than they are written in, but in the same one each time.
+_compiled = compiled(fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
 def _cast(like: np.ndarray, *vectors: Vector) -> list[np.ndarray]:
     return [vector.astype(like.dtype) for vector in vectors]
 
 
-def _compiled(function: Callable[..., None]) -> Any:
-    """Compile to machine code at the first call: without the interpreter's lock, sums reordered for vector units."""
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep compiled code, as in a read-only container
-        return numba.njit(**options)(function)
-
-
 @_compiled
-def _moments_of_rows(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
+def _moments_of_rows(x, mean, m2):  # type: ignore[no-untyped-def]
     """Two passes over a row while it is in the first-level cache, then Chan's merge of the rows of a channel.
 
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     rows, _, length = x.shape
-    for c in range(first, last):
+    for c in range(x.shape[1]):
         mean_c, m2_c = 0.0, 0.0
         for n in range(rows):
             row = x[n, c]
@@ -188,34 +174,34 @@ def _moments_of_rows(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _moments_of_columns(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
+def _moments_of_columns(x, mean, m2):  # type: ignore[no-untyped-def]
     """Welford's update in float64, all channels at once: for arrays whose last axis is the channel axis."""
     rows = x.shape[0]
-    mean[first:last] = 0.0
-    m2[first:last] = 0.0
+    mean[:] = 0.0
+    m2[:] = 0.0
     for n in range(rows):
         weight = 1.0 / (n + 1)
-        for c in range(first, last):
+        for c in range(x.shape[1]):
             delta = x[n, c, 0] - mean[c]
             mean[c] += delta * weight
             m2[c] += delta * (x[n, c, 0] - mean[c])
 
 
 @_compiled
-def _affine(first, last, x, center, scale, shift, out):  # type: ignore[no-untyped-def]
+def _affine(x, center, scale, shift, out):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):
-        for c in range(first, last):
+        for c in range(x.shape[1]):
             center_c, scale_c, shift_c = center[c], scale[c], shift[c]
             for i in range(length):
                 out[n, c, i] = (x[n, c, i] - center_c) * scale_c + shift_c
 
 
 @_compiled
-def _products(first, last, dy, x, center, sums, products):  # type: ignore[no-untyped-def]
+def _products(dy, x, center, sums, products):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):
-        for c in range(first, last):
+        for c in range(x.shape[1]):
             center_c = center[c]
             total = center_c - center_c
             product = center_c - center_c
@@ -227,10 +213,10 @@ def _products(first, last, dy, x, center, sums, products):  # type: ignore[no-un
 
 
 @_compiled
-def _combine(first, last, dy, x, center, a, b, c0, out):  # type: ignore[no-untyped-def]
+def _combine(dy, x, center, a, b, c0, out):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):
-        for c in range(first, last):
+        for c in range(x.shape[1]):
             center_c, a_c, b_c, c_c = center[c], a[c], b[c], c0[c]
             for i in range(length):
                 out[n, c, i] = a_c * dy[n, c, i] + b_c * (x[n, c, i] - center_c) + c_c

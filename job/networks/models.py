@@ -41,8 +41,11 @@ def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False) -> nn.Hybr
 
 
 def initialize(net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32") -> None:
-    """Draw the weights from Normal(0, 0.01), the tutorial's choice, and compile the network for static shapes."""
+    """Draw the weights from Normal(0, 0.01), the tutorial's choice."""
     net.cast(dtype)
     net.initialize(init.Normal(sigma=0.01), ctx=ctx)
+    # The shapes that Gluon defers are worked out, not tried: inference on a CPU reorders weights where they lie.
+    net.infer_shape(mx.nd.zeros((1, *IMAGE_SHAPE), ctx=ctx, dtype=dtype))
+    for parameter in net.collect_params().values():
+        parameter._finish_deferred_init()
     net.hybridize(static_alloc=True, static_shape=True)
-    net(mx.nd.zeros((1, *IMAGE_SHAPE), ctx=ctx, dtype=dtype))  # fixes the shapes that Gluon defers

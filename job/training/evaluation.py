@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,35 +32,52 @@ class Evaluation(Totals):
 
 
 def evaluate(
-    comm: Comm, labels: np.ndarray, first: int, losses: np.ndarray, predicted: np.ndarray, classes: int
+    comm: Comm,
+    labels: np.ndarray,
+    own: range,
+    chunks: Sequence[tuple[int, np.ndarray, np.ndarray]],
+    total: int,
+    classes: int,
 ) -> Evaluation:
-    """Merge what each rank has found about its own samples. All ranks call it together; one collective.
+    """Merge what each rank has found about its own chunks. All ranks call it together; one collective.
 
     Args:
         comm: the ranks.
         labels: of the whole split.
-        first: index of this rank's first sample; its others follow.
-        losses: of this rank's samples, (n,).
-        predicted: their classes, (n,).
+        own: the numbers of this rank's chunks, in order.
+        chunks: of each of them the index of its first sample, the losses (n,) of its samples, and their classes (n,).
+        total: how many chunks there are on all ranks.
         classes: how many there are.
     """
-    true = labels[first : first + len(predicted)].astype(np.int64)
-    predicted = predicted.astype(np.int64)
-    confusion = np.bincount(true * classes + predicted, minlength=classes**2)
-    # A row of each rank's own in a table of zeros: a sum that is a gather. A wrong sample's loss is at least log 2.
-    worst = np.zeros((comm.size, WORST, 3))
-    wrong = np.flatnonzero(predicted != true)
-    chosen = wrong[np.argsort(-losses[wrong], kind="stable")][:WORST]
-    worst[comm.rank, : len(chosen)] = np.stack([losses[chosen], first + chosen, predicted[chosen]], axis=1)
+    # Rows of one's own in a table of zeros: a sum that is a gather, and exact. Losses are added up in the order of
+    # chunks, whoever computed them.
+    losses = np.zeros(total)
+    confusion = np.zeros(classes**2)
+    wrong: list[tuple[float, int, int]] = []
+    for number, (first, chunk_losses, predicted) in zip(own, chunks):
+        true = labels[first : first + len(predicted)].astype(np.int64)
+        predicted = predicted.astype(np.int64)
+        losses[number] = chunk_losses.sum(dtype=np.float64)
+        confusion += np.bincount(true * classes + predicted, minlength=classes**2)
+        places = np.flatnonzero(predicted != true)
+        wrong += zip(chunk_losses[places].tolist(), (first + places).tolist(), predicted[places].tolist())
+    worst = np.zeros((comm.size, WORST, 3))  # a wrong sample's loss is at least log 2
+    chosen = sorted(wrong, key=_worst_first)[:WORST]
+    worst[comm.rank, : len(chosen)] = np.array(chosen).reshape(-1, 3)
 
-    packed = np.concatenate([[losses.sum(dtype=np.float64)], confusion, worst.ravel()])
-    packed = comm.sum(packed, "test metrics")
-    confusion = packed[1 : 1 + classes**2].reshape(classes, classes).astype(np.int64)
-    rows = sorted((row for row in packed[1 + classes**2 :].reshape(-1, 3) if row[0] > 0), key=lambda row: -row[0])
+    packed = comm.sum(np.concatenate([losses, confusion, worst.ravel()]), "test metrics")
+    losses, confusion, worst = np.split(packed, [total, total + classes**2])
+    confusion = confusion.reshape(classes, classes).astype(np.int64)
+    rows = sorted((tuple(row) for row in worst.reshape(-1, 3).tolist() if row[0] > 0), key=_worst_first)
     return Evaluation(
-        loss_sum=float(packed[0]),
+        loss_sum=sum(losses.tolist()),
         correct=float(np.trace(confusion)),
         count=float(confusion.sum()),
         confusion=confusion,
-        mistakes=tuple(Mistake(int(i), int(labels[int(i)]), int(p), float(loss)) for loss, i, p in rows[:WORST]),
+        mistakes=tuple(Mistake(int(i), int(labels[int(i)]), int(p), loss) for loss, i, p in rows[:WORST]),
     )
+
+
+def _worst_first(row: tuple[float, ...]) -> tuple[float, float]:
+    loss, image, _ = row
+    return -loss, image

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
-from job.config import OptimizerConfig, TrainConfig
+from job.config import Config, OptimizerConfig
 from job.data.idx import Split
-from job.data.sampler import Span
+from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
+from job.networks.kernels import host_view
 from job.networks.models import CLASSES
+from job.networks.shards import ShardedNetwork, dropout_mask
+from job.networks.sync_batch_norm import Group
 from job.training.evaluation import Evaluation, evaluate
+from job.training.exact import ExactSum, sum_of_squares
 from job.training.metrics import Meter, Totals
 from job.training.pace import Pace
 
@@ -30,13 +34,14 @@ def optimizer_options(optimizer: OptimizerConfig) -> tuple[str, dict[str, Any]]:
     return ("nag" if optimizer.nesterov else "sgd"), {**options, "momentum": optimizer.momentum}
 
 
-def cross_entropy(logits: mx.nd.NDArray, labels: mx.nd.NDArray, smoothing: float = 0.0) -> mx.nd.NDArray:
-    """The loss of each sample, (n,), from logits (n, classes) and labels (n,).
+def cross_entropy(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
+    """The loss of each sample, (n,), from logits (n, classes) and labels (n,); all of them arrays, or all symbols.
 
     With ``smoothing`` that much of the target is spread evenly over all classes (Szegedy et al., 2016, section 7).
     """
-    log_probabilities = mx.nd.log_softmax(logits)
-    losses = -mx.nd.pick(log_probabilities, labels)
+    F = mx.sym if isinstance(logits, mx.sym.Symbol) else mx.nd
+    log_probabilities = F.log_softmax(logits)
+    losses = -F.pick(log_probabilities, labels)
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * log_probabilities.mean(axis=1)
     return losses
@@ -55,59 +60,59 @@ class Feed(NamedTuple):
         return images.expand_dims(1).astype(self.dtype) / 255, labels
 
 
-class Verdict(NamedTuple):
-    """What is known of a step when it is done: arrays that MXNet is still computing."""
-
-    own: mx.nd.NDArray  # ready when this rank's own gradients are
-    summed: mx.nd.NDArray  # ready when those of all ranks have been added up
-    numbers: mx.nd.NDArray  # loss, votes to stop, squared norm of each gradient
-
-
 class Learner:
     """A network and its optimizer, trained on global batches.
 
-    Each rank computes the loss of its own samples divided by the size of the *global* batch. The sum of those
-    gradients over the ranks is the gradient of the mean over the global batch, however unevenly it is shared.
+    Each shard's loss is the sum over its own samples divided by the size of the *global* batch. The sum of the shards'
+    gradients is the gradient of the mean over the global batch, and it is summed exactly: in no order.
+
+    Args:
+        net: initialized; plain Gluon.
+        comm: the ranks.
+        feed: brings samples to the network.
+        config: of the run; ``data.shards`` says into how many shards the global batch is cut, over all ranks.
+
+    Raises:
+        UsageError: the network cannot be trained shard by shard.
     """
 
-    def __init__(
-        self,
-        net: gluon.HybridBlock,
-        comm: Comm,
-        feed: Feed,
-        train: TrainConfig,
-        optimizer: OptimizerConfig,
-        on_nonfinite: str = "stop",
-    ) -> None:
+    def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step
         self.net = net
         self.comm = comm
         self.feed = feed
-        self.config = train
-        self.meter = Meter(comm, "train metrics")
+        self.meter = Meter()
+        self.pace = Pace(comm)
+        self._clip_norm = config.train.clip_gradient_norm
+        self._micros = config.train.accumulate_steps
+        self._seed = config.run.seed
+        self._skips = config.run.on_nonfinite == "skip"
         parameters = net.collect_params()
         for name, parameter in parameters.items():
             if not name.endswith("weight"):
                 parameter.wd_mult = 0.0
         comm.broadcast_([parameter.data() for parameter in parameters.values()], comm.fresh_name("parameters"))
-        # Summed by comm and already divided by the global batch, so the trainer neither communicates nor rescales.
-        self.trainer = gluon.Trainer(parameters, *optimizer_options(optimizer), kvstore=None)
-        self._gradients = [p.grad() for p in parameters.values() if p.grad_req != "null"]
-        self._gradients_name = comm.fresh_name("gradients")
+        # The gradients are those of the global batch's mean, so the trainer neither communicates nor rescales.
+        self.trainer = gluon.Trainer(parameters, *optimizer_options(config.optimizer), kvstore=None)
+        self._inference = _inference(net)
+        shards = config.data.shards
+        self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.sync_batch_norm)
+        self._network = ShardedNetwork(
+            net, _objective(net, config.train.label_smoothing), ("data", "label"), self._group
+        )
+        self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
-        self._weights = [p.data() for p in parameters.values() if p.grad_req != "null"]
-        self._skips = on_nonfinite == "skip"
-        self._verdict: Verdict | None = None
+        self._parameters = dict(parameters.items())
+        self._sums = self._lay_out(shards)
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
-        self.pace = Pace(comm)
 
     def step(
         self,
         split: Split,
-        shares: list[np.ndarray],
+        micros: Sequence[Sequence[Shard]],
         global_batch: int,
         learning_rate: float,
         stop: bool = False,
@@ -117,62 +122,40 @@ class Learner:
 
         Args:
             split: the training set.
-            shares: this rank's samples of each micro-batch, as indices into ``split``.
+            micros: this rank's shards of each micro-batch.
             global_batch: the number of samples in the batch, over all ranks and micro-batches.
             learning_rate: of this step.
-            stop: whether this rank asks all ranks to stop; they see it in ``stopping``, together, a step later.
+            stop: whether this rank asks all ranks to stop; they all see it in ``stopping`` after this step.
             measure: whether :meth:`vitals` is to tell how far the step moves the weights, which takes a copy of them.
 
         Raises:
-            DivergedError: of the step before, or of this one if updates that are not finite are skipped.
+            DivergedError: loss or gradient is not finite, and such updates are not skipped. Nothing was updated.
         """
-        if self._verdict is None:
-            self.pace.start()
-        statistics = [array.copy() for array in self._statistics] if self._skips else []
-        weights = [array.copy() for array in self._weights] if measure else []
-        self._change = None
-        accumulated, objective = None, 0.0
-        for samples in shares:
-            objective = self._backward(*self.feed(split, samples), global_batch) + objective
-            if len(shares) > 1:
-                # Not through grad_req="add", with which MXNet's own BatchNorm gets wrong gradients (mxnet#18499).
-                accumulated = self._plus_gradients(accumulated)
-        if accumulated is not None:
-            self._set_gradients(accumulated)
-        before, (self._verdict, squares) = self._verdict, self._sum_over_ranks(objective, stop)
-        self._judge(before)  # Python may run one step ahead of the device, not more
-        self.pace.count(sum(map(len, shares)))
+        self.pace.start()
+        before = [array.copy() for array in self._statistics] if self._skips else []
+        self._sums.clear()
+        self._sums.add(self._votes, np.array([float(stop)]))
+        for shards in micros:
+            self._add(self._backward(split, shards, global_batch), global_batch)
+        self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
-        if self._skips and not self._finite():
-            self._undo(statistics, len(shares))
-            return
-        self._clip(squares)
-        self.trainer.set_learning_rate(learning_rate)
-        self.trainer.update(1)
-        if measure:
-            moved = [new - old for new, old in zip(self._weights, weights)]
-            self._change = mx.nd.concat(_squares(moved).sum(), _squares(weights).sum(), dim=0)
-
-    def settle(self) -> None:
-        """Wait for the last step. Asked on all ranks after the same step.
-
-        Raises:
-            DivergedError: its loss or its gradient is not finite.
-        """
-        self._judge(self._verdict)
-        self._verdict = None
+        if self._sums.refused and not self._skips:
+            raise DivergedError(
+                f"step {self.steps}: the loss or the gradient is not finite, or too large to go on with; the last"
+                " checkpoint is from before it. Lower optimizer.learning_rate, set train.clip_gradient_norm, or drop"
+                " such updates with run.on_nonfinite=skip"
+            )
+        if self._sums.refused:
+            self._undo(before)
+        else:
+            self._learn(global_batch, learning_rate, measure)
 
     def totals(self) -> Totals:
-        """Loss and accuracy over the samples since the last call, on all ranks.
-
-        Raises:
-            DivergedError: the last step's loss or gradient is not finite.
-        """
-        self.settle()
-        return self.meter.reduce()
+        """Loss and accuracy over the samples since the last call; the same on all ranks."""
+        return self.meter.take()
 
     def vitals(self) -> dict[str, Any]:
-        """What else is worth a look, beside loss and accuracy. All ranks call it together, when the step is settled.
+        """What else is worth a look, beside loss and accuracy. All ranks call it together.
 
         ``gradient_norm`` is that of the last step, over all ranks and before clipping. ``update_ratio`` is the L2 norm
         of what the last step added to the weights, over the norm that they had; NaN if it was not measured or skipped.
@@ -185,6 +168,25 @@ class Learner:
             "pace": self.pace.gather(),
         }
 
+    def evaluate(self, split: Split, chunk: int) -> Evaluation:
+        """Loss and accuracy over every sample of ``split`` exactly once, in chunks of at most ``chunk`` samples.
+
+        The chunks are the same for any number of ranks; each is computed by one rank.
+        """
+        samples = Span(0, len(split.labels))
+        total = -(-len(samples) // chunk)
+        own = own_shards(self.comm.rank, self.comm.size, total)
+        # Of copies: inference on a CPU reorders weights where they lie, into a layout of its own.
+        weights = {name: parameter.data().copy() for name, parameter in self._parameters.items()}
+        outcomes = []
+        for number in own:
+            span = samples.part(number, total)
+            images, labels = self.feed(split, slice(*span))
+            logits = self._inference(images, weights)
+            outcomes.append((span.start, mx.nd.stack(cross_entropy(logits, labels), logits.argmax(axis=1))))
+        chunks = [(first, *rows.asnumpy()) for first, rows in outcomes]  # waited for at the end
+        return evaluate(self.comm, split.labels, own, chunks, total, CLASSES)
+
     def state_dict(self) -> dict[str, Any]:
         """How far the run is."""
         return {"steps": self.steps, "skipped": self.skipped}
@@ -193,83 +195,136 @@ class Learner:
         """Go on from there."""
         self.steps, self.skipped = state["steps"], state["skipped"]
 
-    def _backward(self, images: mx.nd.NDArray, labels: mx.nd.NDArray, global_batch: int) -> mx.nd.NDArray:
+    def _backward(self, split: Split, shards: Sequence[Shard], global_batch: int) -> list[list[mx.nd.NDArray]]:
+        """Forward and backward of the shards, begun. Of each the sum of its losses, and how many samples are right."""
+        feeds = self._fed(split, shards)
         with autograd.record():
-            logits = self.net(images)
-            losses = cross_entropy(logits, labels, self.config.label_smoothing)
-            objective = losses.sum() / global_batch
-        objective.backward()
-        self.meter.add(losses, logits, labels)
-        return objective
+            outcomes = self._network(feeds)
+        share = mx.nd.full((1,), 1 / global_batch, self.feed.ctx, self.feed.dtype)
+        autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
+        return outcomes
 
-    def _sum_over_ranks(self, objective: mx.nd.NDArray, stop: bool) -> tuple[Verdict, mx.nd.NDArray]:
-        """Sum the gradients. What the ranks then know together, and of that the squared norm of each gradient."""
-        own = self._gradients[0].slice_axis(axis=0, begin=0, end=1)  # backward comes to the first layer last
-        votes = mx.nd.concat(objective.reshape((1,)), mx.nd.full((1,), stop, objective.context, objective.dtype), dim=0)
-        self.comm.allreduce_([*self._gradients, votes], self._gradients_name)  # travels with them, and costs nothing
-        squares = _squares(self._gradients)
-        return Verdict(own, votes, mx.nd.concat(votes.astype(squares.dtype), squares, dim=0)), squares
+    def _fed(self, split: Split, shards: Sequence[Shard]) -> list[dict[str, mx.nd.NDArray]]:
+        images, labels = self.feed(split, np.concatenate([shard.samples for shard in shards]))
+        ends = np.cumsum([len(shard.samples) for shard in shards]).tolist()
+        spans = [slice(end - len(shard.samples), end) for end, shard in zip(ends, shards)]
+        feeds = [{"data": images[span], "label": labels[span]} for span in spans]
+        for feed, shard in zip(feeds, shards):
+            shapes = self._network.mask_shapes(data=feed["data"].shape, label=feed["label"].shape)
+            for layer, (dropout, shape) in enumerate(zip(self._network.graph.dropouts, shapes)):
+                mask = dropout_mask(dropout, shape, shard.first, self._seed, self.steps, layer)
+                feed[dropout.mask] = mx.nd.array(mask, images.context, self.feed.dtype)
+        return feeds
 
-    def _judge(self, verdict: Verdict | None) -> None:
-        if verdict is None:
-            return
-        verdict.own.wait_to_read()
+    def _lay_out(self, shards: int) -> ExactSum:
+        """Give everything that is summed over ranks its place in one vector."""
+        place = 0
+        self._places: list[Span] = []
+        for parameter in self._trained:
+            self._places.append(Span(place, place + parameter.data().size))
+            place = self._places[-1].stop
+        self._votes, self._loss, self._correct = place, place + 1, place + 2
+        self._moments: list[Span] = []  # of each BatchNorm and micro-batch, if each shard has its own statistics
+        place += 3
+        for norm in [] if self._group.synchronize else self._network.graph.norms:
+            channels = self._parameters[norm.running_mean].data().size
+            self._moments.append(Span(place, place + 2 * channels * self._micros))
+            place = self._moments[-1].stop
+        return ExactSum(self.comm, place, shards * self._micros, self.feed.dtype)
+
+    def _add(self, outcomes: list[list[mx.nd.NDArray]], global_batch: int) -> None:
+        """Wait for the gradients of this rank's shards, and add them up."""
+        for parameter, place in zip(self._trained, self._places):
+            for gradient in self._network.gradients[parameter.name]:
+                self._sums.add(place.start, _values(gradient))
+        for losses, correct in outcomes:
+            self._sums.add(self._loss, _values(losses) / global_batch)
+            self._sums.add(self._correct, _values(correct))
+
+    def _reduce(self, images: int) -> None:
+        for norm, place in zip(self._network.graph.norms, self._moments):
+            moments = self._group.moments.pop(norm.key)  # of each micro-batch (own shards, mean and var, channels)
+            for micro, own in enumerate(moments):
+                for values in own:
+                    self._sums.add(place.start + micro * values.size, values.ravel())
         ready = time.perf_counter()
-        verdict.summed.wait_to_read()
+        self._sums.reduce()
         self.pace.done(time.perf_counter() - ready)
-        loss, votes, *squares = verdict.numbers.asnumpy().tolist()
-        self._gradient_norm = math.sqrt(sum(squares))
-        self.stopping = self.stopping or votes > 0
-        if not math.isfinite(loss + sum(squares)):
-            step = self.steps
-            raise DivergedError(
-                f"step {step}: the loss is {loss:g} and the gradient's norm {self._gradient_norm:g}; the last"
-                " checkpoint is from before it. Lower optimizer.learning_rate, set train.clip_gradient_norm, or drop"
-                " such updates with run.on_nonfinite=skip"
-            )
+        self.pace.count(images)
+        self.stopping = self.stopping or self._sums.read(self._votes, self._votes + 1)[0] > 0
 
-    def _finite(self) -> bool:
-        try:
-            self.settle()
-        except DivergedError:
-            self._verdict = None
-            return False
-        return True
+    def _learn(self, global_batch: int, learning_rate: float, measure: bool) -> None:
+        gradients = [self._sums.read(*place) for place in self._places]
+        self._gradient_norm = math.sqrt(sum(sum_of_squares(gradient) for gradient in gradients))
+        limit = self._clip_norm
+        scale = limit / max(self._gradient_norm, limit) if limit is not None else 1.0
+        for parameter, gradient in zip(self._trained, gradients):
+            _write(parameter.grad(), gradient * scale)
+            parameter.data()._fresh_grad = True  # or the trainer takes it for one that was forgotten
+        loss, correct = self._sums.read(self._loss, self._correct + 1).tolist()
+        self.meter.add(Totals(loss * global_batch, correct, global_batch))
+        self._update_running_statistics()
 
-    def _undo(self, statistics: list[mx.nd.NDArray], additions: int) -> None:
+        weights = [parameter.data().copy() for parameter in self._trained] if measure else []
+        self.trainer.set_learning_rate(learning_rate)
+        self.trainer.update(1)
+        self._change = None
+        if measure:
+            moved = [parameter.data() - old for parameter, old in zip(self._trained, weights)]
+            self._change = mx.nd.concat(_squares(moved).sum(), _squares(weights).sum(), dim=0)
+
+    def _update_running_statistics(self) -> None:
+        """Where each shard has its own statistics, the running ones follow their mean over the shards."""
+        for norm, place in zip(self._network.graph.norms, self._moments):
+            means = self._sums.read(*place).reshape(self._micros, 2, -1) / self._group.shards
+            for name, values in zip((norm.running_mean, norm.running_var), means.swapaxes(0, 1)):
+                running = self._parameters[name].data()
+                for value in values:
+                    running[:] = norm.momentum * running.asnumpy().astype(np.float64) + (1 - norm.momentum) * value
+
+    def _undo(self, statistics: list[mx.nd.NDArray]) -> None:
         """Leave no trace of a step but its number: no update, no running statistics, no loss in the metrics."""
         for array, value in zip(self._statistics, statistics):
             array[:] = value
-        self.meter.drop(additions)
+        self._change = None
         self.skipped += 1
 
-    def _plus_gradients(self, accumulated: list[mx.nd.NDArray] | None) -> list[mx.nd.NDArray]:
-        if accumulated is None:
-            return [gradient.copy() for gradient in self._gradients]
-        return [total + gradient for total, gradient in zip(accumulated, self._gradients)]
 
-    def _set_gradients(self, values: Iterable[mx.nd.NDArray]) -> None:
-        for gradient, value in zip(self._gradients, values):
-            gradient[:] = value
+def _objective(net: gluon.HybridBlock, smoothing: float) -> mx.sym.Symbol:
+    """Of a shard: the sum of its samples' losses, and how many of them are classified right."""
+    logits, labels = net(mx.sym.var("data")), mx.sym.var("label")
+    losses = cross_entropy(logits, labels, smoothing)
+    correct = mx.sym.BlockGrad(mx.sym.argmax(logits, axis=1) == labels)
+    return mx.sym.Group([losses.sum(), correct.sum()])
 
-    def _clip(self, squares: mx.nd.NDArray) -> None:
-        limit = self.config.clip_gradient_norm
-        if limit is not None:
-            scale = limit / mx.nd.maximum(squares.sum().sqrt(), limit)
-            self._set_gradients(mx.nd.broadcast_mul(g, scale.reshape((1,) * g.ndim)) for g in self._gradients)
 
-    def evaluate(self, split: Split, batch_per_rank: int) -> Evaluation:
-        """Loss and accuracy over every sample of ``split`` exactly once, each on one rank."""
-        own = Span(0, len(split.labels)).part(self.comm.rank, self.comm.size)
-        batches = -(-len(own) // batch_per_rank)
-        outcomes = []
-        for index in range(batches):
-            images, labels = self.feed(split, slice(*own.part(index, batches)))
-            logits = self.net(images)
-            outcomes.append(mx.nd.stack(cross_entropy(logits, labels), logits.argmax(axis=1)))
-        # Waited for at the end; a rank may have no samples.
-        losses, predicted = np.concatenate([np.zeros((2, 0)), *(rows.asnumpy() for rows in outcomes)], axis=1)
-        return evaluate(self.comm, split.labels, own.start, losses, predicted, CLASSES)
+class _Inference:
+    """The user's network as it is, for inference with given weights."""
+
+    def __init__(self, symbol: mx.sym.Symbol) -> None:
+        self._order = symbol.list_inputs()
+        self._op = mx.nd.CachedOp(symbol)
+
+    def __call__(self, images: mx.nd.NDArray, weights: dict[str, mx.nd.NDArray]) -> mx.nd.NDArray:
+        return self._op(*(images if name == "data" else weights[name] for name in self._order))
+
+
+def _inference(net: gluon.HybridBlock) -> _Inference:
+    return _Inference(net(mx.sym.var("data")))
+
+
+def _values(array: mx.nd.NDArray) -> np.ndarray:
+    """The numbers of an array (n,), when they are there; without a copy on the CPU."""
+    array.wait_to_read()
+    return (host_view(array) if array.context.device_type == "cpu" else array.asnumpy()).ravel()
+
+
+def _write(array: mx.nd.NDArray, values: np.ndarray) -> None:
+    """Fill an array that nobody is computing or reading with values (n,)."""
+    if array.context.device_type == "cpu":
+        host_view(array).ravel()[:] = values
+    else:
+        array[:] = values.reshape(array.shape)
 
 
 def _squares(arrays: list[mx.nd.NDArray]) -> mx.nd.NDArray:

@@ -1,0 +1,262 @@
+"""A network trained shard by shard: the same arithmetic whoever computes it.
+
+The global batch of a step is cut into shards; a rank computes whole shards. The network's traced graph is written once
+for each shard of this rank, so that every shard has operators of its own, whose shapes follow from the batch alone and
+not from the number of ranks. Only BatchNorm is written once for all of them (:mod:`job.networks.sync_batch_norm`). All
+of it is one graph: MXNet's engine knows every dependency, and computes the shards of a rank side by side.
+
+VirtualFlow (Or et al., 2022) calls such shards virtual nodes, EasyScale (Li et al., 2022) logical workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+
+from job.errors import UsageError
+from job.networks.sync_batch_norm import Group
+
+_BATCH_NORMS = {"BatchNorm", "_contrib_SyncBatchNorm", "_contrib_BatchNormWithReLU"}
+_OPTIONS = {"axis": "1", "eps": "0.001", "momentum": "0.9", "fix_gamma": "True"}  # of MXNet's BatchNorm
+# What draws from MXNet's generator, whose state can be neither read nor shared out by sample.
+_RANDOM = re.compile(r"_?(random|sample)_|_shuffle|_image_random|_contrib_(boolean_)?rand|_npi_(uniform|normal|choice)")
+_OPAQUE = {"Custom", "_CustomFunction", "_foreach", "_while_loop", "_cond", "_CachedOp"}
+
+
+class Dropout(NamedTuple):
+    """A Dropout of the network, whose mask is an input of the graph: ``mask``, and ``mask@K`` of shard K."""
+
+    mask: str
+    rate: float
+    axes: tuple[int, ...]  # along which one draw serves all
+
+
+class Norm(NamedTuple):
+    """A BatchNorm in training mode, by the names of its running statistics."""
+
+    key: str
+    momentum: float
+    running_mean: str
+    running_var: str
+
+
+class Graph(NamedTuple):
+    """A graph written for several shards. Its outputs are those of the first shard, then of the second, and so on."""
+
+    symbol: mx.sym.Symbol
+    dropouts: list[Dropout]
+    norms: list[Norm]
+
+
+def shard(name: str, index: int) -> str:
+    """The name in a sharded graph of what every shard has one of."""
+    return f"{name}@{index}"
+
+
+def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group) -> Graph:
+    """Write ``symbol`` for ``count`` shards.
+
+    Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one.
+
+    Raises:
+        UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
+    """
+    traced = json.loads(symbol.tojson())
+    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()))
+    for index in range(len(traced["nodes"])):
+        writer.write(index)
+    return writer.graph(traced["heads"], traced["attrs"])
+
+
+class _Writer:
+    def __init__(self, nodes: list[dict[str, Any]], count: int, group: Group, states: set[str]) -> None:
+        self._nodes = nodes
+        self._count = count
+        self._group = group
+        self._states = states
+        self._written: list[dict[str, Any]] = []
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (node, shard) -> (written node, its first output)
+        self._dropouts: list[Dropout] = []
+        self._norms: list[Norm] = []
+
+    def write(self, index: int) -> None:
+        node = self._nodes[index]
+        operator, attributes = node["op"], node.get("attrs", {})
+        _refuse(node)
+        if operator in _BATCH_NORMS and attributes.get("use_global_stats", "False") not in ("True", "1"):
+            self._batch_norm(index, node)
+        elif operator == "Dropout":
+            self._dropout(index, node)
+        elif operator == "null" and node["name"] in self._states:
+            place = self._add(node)
+            self._places.update({(index, k): (place, 0) for k in range(self._count)})
+        else:
+            for k in range(self._count):
+                place = self._add({**node, "name": shard(node["name"], k)}, self._inputs(node, k))
+                self._places[index, k] = (place, 0)
+
+    def graph(self, heads: list[list[int]], attributes: dict[str, Any]) -> Graph:
+        outputs = [self._entry([head[0], head[1]], k) for k in range(self._count) for head in heads]
+        arguments = [index for index, node in enumerate(self._written) if node["op"] == "null"]
+        text = json.dumps({"nodes": self._written, "arg_nodes": arguments, "heads": outputs, "attrs": attributes})
+        return Graph(mx.sym.load_json(text), self._dropouts, self._norms)
+
+    def _add(self, node: dict[str, Any], inputs: Sequence[list[int]] = ()) -> int:
+        self._written.append({**node, "inputs": list(inputs)})
+        return len(self._written) - 1
+
+    def _entry(self, source: Sequence[int], k: int) -> list[int]:
+        node, first = self._places[source[0], k]
+        return [node, first + source[1], 0]
+
+    def _inputs(self, node: dict[str, Any], k: int) -> list[list[int]]:
+        return [self._entry(source, k) for source in node["inputs"]]
+
+    def _batch_norm(self, index: int, node: dict[str, Any]) -> None:
+        attributes = {**_OPTIONS, **node.get("attrs", {})}
+        if attributes.get("output_mean_var", "False") in ("True", "1"):
+            raise UsageError(f"{node['name']}: output_mean_var=True has no meaning for statistics of several shards")
+        data, gamma, beta, running_mean, running_var = node["inputs"]
+        own = [self._entry(source, k) for source in (data, gamma, beta) for k in range(self._count)]
+        key = f"batch_norm.{len(self._norms)}"
+        options = {name: attributes[name] for name in _OPTIONS}
+        custom = {"op_type": "sync_batch_norm", "group": self._group.key, "layer": key, "shards": str(self._count)}
+        place = self._add(
+            {"op": "Custom", "name": node["name"], "attrs": {**custom, **options}},
+            [*own, self._entry(running_mean, 0), self._entry(running_var, 0)],
+        )
+        self._places.update({(index, k): (place, k) for k in range(self._count)})
+        names = (self._nodes[source[0]]["name"] for source in (running_mean, running_var))
+        self._norms.append(Norm(key, float(options["momentum"]), *names))
+        if node["op"] == "_contrib_BatchNormWithReLU":
+            for k in range(self._count):
+                relu = {"op": "Activation", "name": shard(f"{node['name']}_relu", k), "attrs": {"act_type": "relu"}}
+                self._places[index, k] = (self._add(relu, [[place, k, 0]]), 0)
+
+    def _dropout(self, index: int, node: dict[str, Any]) -> None:
+        attributes = node.get("attrs", {})
+        axes = tuple(json.loads(attributes.get("axes", "[]").replace("(", "[").replace(",)", "]").replace(")", "]")))
+        mask = f"dropout.{len(self._dropouts)}"
+        for k in range(self._count):
+            variable = self._add({"op": "null", "name": shard(mask, k)})
+            product = {"op": "broadcast_mul", "name": shard(node["name"], k)}
+            self._places[index, k] = (self._add(product, [*self._inputs(node, k), [variable, 0, 0]]), 0)
+        self._dropouts.append(Dropout(mask, float(attributes.get("p", "0.5")), axes))
+
+
+def _refuse(node: dict[str, Any]) -> None:
+    operator, attributes = node["op"], node.get("attrs", {})
+    if (
+        _RANDOM.match(operator)
+        or (operator == "LeakyReLU" and attributes.get("act_type") == "rrelu")
+        or (operator == "RNN" and float(attributes.get("p", "0")) > 0)
+    ):
+        raise UsageError(
+            f"{node['name']}: the operator {operator} draws random numbers that would depend on the number of ranks;"
+            " of those only Dropout can be trained with"
+        )
+    if operator in _OPAQUE:
+        raise UsageError(f"{node['name']}: the operator {operator} cannot be looked into, so that it cannot be sharded")
+
+
+class ShardedNetwork:
+    """The training graph of a network: for each shard of this rank its outputs, and its own gradients.
+
+    Args:
+        net: initialized; its parameters are the weights, and receive the running statistics.
+        symbol: what is computed of a shard: the network's output, or a loss made of it.
+        inputs: the names of those arguments of ``symbol`` that are no parameters.
+        group: whose statistics are shared; it says how many shards this rank has.
+
+    Raises:
+        UsageError: the network cannot be trained shard by shard (:func:`write_sharded`).
+    """
+
+    def __init__(self, net: gluon.HybridBlock, symbol: mx.sym.Symbol, inputs: Sequence[str], group: Group) -> None:
+        self.count = len(group.own)
+        self.graph = write_sharded(symbol, self.count, group)
+        self._parameters = dict(net.collect_params().items())
+        self._order = self.graph.symbol.list_inputs()
+        masks = [dropout.mask for dropout in self.graph.dropouts]
+        fed = {shard(name, k) for name in (*inputs, *masks) for k in range(self.count)}
+        self._op = self._compile(fed)
+        self._arrays, self.gradients = self._weights()
+        self._mask_shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+
+    def __call__(self, feeds: Sequence[Mapping[str, mx.nd.NDArray]]) -> list[list[mx.nd.NDArray]]:
+        """The outputs of each shard, of this rank's shards in turn. In ``autograd.record()`` they have gradients."""
+        fed = {shard(name, k): array for k, feed in enumerate(feeds) for name, array in feed.items()}
+        outputs = self._op(*(fed[name] if name in fed else self._arrays[name] for name in self._order))
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        each = len(outputs) // self.count
+        return [outputs[k * each : (k + 1) * each] for k in range(self.count)]
+
+    def mask_shapes(self, **shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shape of each Dropout's mask for one shard, whose inputs have the given shapes."""
+        key = tuple(sorted(shapes.items()))
+        if key not in self._mask_shapes and self.graph.dropouts:
+            self._mask_shapes[key] = self._infer_masks(shapes)
+        return self._mask_shapes.get(key, [])
+
+    def _infer_masks(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+        given = {shard(name, k): shape for name, shape in shapes.items() for k in range(self.count)}
+        internals = self.graph.symbol.get_internals()
+        nodes = json.loads(self.graph.symbol.tojson())["nodes"]
+        found = []
+        for dropout in self.graph.dropouts:
+            user = next(
+                node for node in nodes if node["op"] == "broadcast_mul"
+                and nodes[node["inputs"][1][0]]["name"] == shard(dropout.mask, 0)
+            )  # fmt: skip
+            source, output, _ = user["inputs"][0]
+            name = nodes[source]["name"]
+            outputs = [entry for entry in internals.list_outputs() if entry.startswith(f"{name}_output")] or [name]
+            _, [shape], _ = internals[outputs[output]].infer_shape_partial(
+                **{key: value for key, value in given.items() if key in internals[outputs[output]].list_inputs()}
+            )
+            found.append(tuple(1 if axis in dropout.axes else length for axis, length in enumerate(shape)))
+        return found
+
+    def _compile(self, fed: set[str]) -> mx.nd.CachedOp:
+        # An input that is in neither list would make all that read it run outside the static plan, where MXNet hands
+        # custom operators memory that is already freed.
+        data = [index for index, name in enumerate(self._order) if name in fed]
+        parameters = [index for index, name in enumerate(self._order) if name not in fed]
+        flags = [("data_indices", data), ("param_indices", parameters), ("static_alloc", True), ("static_shape", True)]
+        return mx.nd.CachedOp(self.graph.symbol, flags)
+
+    def _weights(self) -> tuple[dict[str, mx.nd.NDArray], dict[str, list[mx.nd.NDArray]]]:
+        """Each parameter once a shard: an array that shares its memory and has a gradient of its own."""
+        arrays: dict[str, mx.nd.NDArray] = {}
+        gradients: dict[str, list[mx.nd.NDArray]] = {}
+        for name, parameter in self._parameters.items():
+            arrays[name] = parameter.data()  # as a running statistic
+            for k in range(self.count):
+                arrays[shard(name, k)] = parameter.data()
+                if parameter.grad_req != "null" and shard(name, k) in self._order:
+                    alias = parameter.data().reshape(parameter.shape).detach()
+                    gradient = mx.nd.zeros(parameter.shape, alias.context, dtype=alias.dtype)
+                    autograd.mark_variables([alias], [gradient])
+                    arrays[shard(name, k)] = alias
+                    gradients.setdefault(name, []).append(gradient)
+        return arrays, gradients
+
+
+def dropout_mask(dropout: Dropout, shape: tuple[int, ...], first: int, seed: int, step: int, layer: int) -> np.ndarray:
+    """What a Dropout multiplies by, for the samples from ``first`` on of a step's global batch: 0 or 1 / (1 - rate).
+
+    The draws of a sample follow from (seed, step, layer, its place in the batch) alone, through the counter-based
+    generator Philox (Salmon et al., 2011).
+    """
+    blocks = -(-int(np.prod(shape[1:], dtype=np.int64)) // 4)  # of a sample; Philox yields four numbers a block
+    generator = np.random.Philox(key=[seed, (step << 16) + layer])
+    generator.advance(first * blocks)
+    raw = generator.random_raw(shape[0] * blocks * 4).reshape(shape[0], -1)[:, : int(np.prod(shape[1:]))]
+    keep = (raw >> np.uint64(11)).reshape(shape) * 2.0**-53 >= dropout.rate
+    return keep / (1 - dropout.rate) if dropout.rate < 1 else np.zeros(shape)

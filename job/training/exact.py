@@ -1,0 +1,103 @@
+"""Sums whose order cannot matter: numbers are rounded to integers once, and integers add up exactly.
+
+A number x becomes the integer nearest to x * 2^44. So a sum holds, whatever its order and however it is shared out over
+ranks, to 2^-45 (3e-14) for each addend. Sums of float64 numbers have a second word for what the first one rounds away,
+and hold to 2^-89. An addend that is not finite, or so large that the sum could leave 64 bits, is not added but counted.
+"""
+
+from __future__ import annotations
+
+import mxnet as mx
+import numpy as np
+
+from job.distributed.comm import Comm
+from job.networks.kernels import compiled, host_view
+
+SCALE = 2.0**44
+LARGEST = 2.0**18  # of the sum: 2^62 as an integer
+
+
+class ExactSum:
+    """A vector that all ranks add to, and that is then the same on all, to the bit.
+
+    Args:
+        comm: the ranks.
+        size: of the vector.
+        addends: how many numbers are added to each place at most, over all ranks; none may exceed LARGEST / addends.
+        dtype: float32 or float64: what is added.
+    """
+
+    def __init__(self, comm: Comm, size: int, addends: int, dtype: str) -> None:
+        self._comm = comm
+        self._name = comm.fresh_name("exact sum")
+        self._limit = LARGEST / addends
+        self._words = 2 if dtype == "float64" else 1
+        self._size = size
+        self._array = mx.nd.zeros((self._words * size + 1,), dtype="int64")
+        self._array.wait_to_read()
+        self._integers = host_view(self._array)
+
+    def clear(self) -> None:
+        """Begin anew, from zeros."""
+        self._integers[:] = 0
+
+    def add(self, start: int, values: np.ndarray) -> None:
+        """Add ``values`` (n,), float32 or float64, to the places from ``start`` on."""
+        stop = start + values.size
+        second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
+        self._integers[-1] += _add(self._integers[start:stop], second, values, self._limit)
+
+    def reduce(self) -> None:
+        """Add up what all ranks have added. Waits for them."""
+        self._comm.allreduce_([self._array], self._name)
+        self._array.wait_to_read()
+
+    @property
+    def refused(self) -> int:
+        """How many addends were not finite or too large."""
+        return int(self._integers[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The sums of these places, float64 of shape (stop - start,)."""
+        sums = np.empty(stop - start)
+        second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
+        _read(self._integers[start:stop], second, sums)
+        return sums
+
+
+def sum_of_squares(values: np.ndarray) -> float:
+    """In float64 and in the order of the values (n,), on every machine."""
+    return float(_sum_of_squares(values))
+
+
+@compiled()
+def _add(first, second, values, limit):  # type: ignore[no-untyped-def]
+    refused = 0
+    for i in range(values.size):
+        value = np.float64(values[i])
+        if not abs(value) <= limit:  # NaN is not either
+            refused += 1
+            continue
+        scaled = value * SCALE
+        whole = np.rint(scaled)
+        first[i] += np.int64(whole)
+        if second.size:
+            second[i] += np.int64(np.rint((scaled - whole) * SCALE))
+    return refused
+
+
+@compiled()
+def _read(first, second, sums):  # type: ignore[no-untyped-def]
+    for i in range(sums.size):
+        if second.size:
+            sums[i] = (np.float64(first[i]) + np.float64(second[i]) / SCALE) / SCALE
+        else:
+            sums[i] = np.float64(first[i]) / SCALE
+
+
+@compiled()
+def _sum_of_squares(values):  # type: ignore[no-untyped-def]
+    total = np.float64(0.0)
+    for i in range(values.size):
+        total += np.float64(values[i]) * np.float64(values[i])
+    return total
