@@ -19,7 +19,7 @@ from job.fitness import preflight
 _DESCRIPTION = """Train a Gluon network with BatchNorm on Fashion-MNIST, on any number of ranks.
 
   python job/train.py                                        one rank
-  horovodrun -np 4 python job/train.py                       four ranks, the same result sooner
+  horovodrun -np 4 python job/train.py                       four ranks: the same result, sooner
   python job/train.py train.epochs=10 optimizer.learning_rate=0.1 run.dir=runs/longer
 """
 
@@ -44,17 +44,17 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         prog="train.py",
         description=_DESCRIPTION,
         epilog=_keys() + "\nexit codes: 0 done; 1 failed; 2 bad configuration or usage, nothing was started;"
-        " 75 preempted, run again to go on",
+        " 75 preempted, the same command continues",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: configs/{DEFAULT_FILE.name})")
     parser.add_argument(
-        "--check", action="store_true", help="check everything, print the resolved config, start nothing"
+        "--config", type=Path, metavar="FILE", help=f"configuration file (YAML; default: configs/{DEFAULT_FILE.name})"
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="print warnings and errors only: nothing, if the run succeeds"
+        "--check", action="store_true", help="check everything, print the whole configuration, start nothing"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace those of the file")
     options = parser.parse_intermixed_args(arguments)
     if options.quiet:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
