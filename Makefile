@@ -13,7 +13,7 @@ lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-pyth
 	--custom-compile-command 'make lock' pyproject.toml
 
 .PHONY: help setup train test test-slow test-faults test-browser test-cluster test-slurm image-test doctor kubernetes bench \
-	tensorboard screenshots lint lock clean
+	tensorboard screenshots docs lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,7 +32,7 @@ test-slow: setup ## set up, then the slow tests
 	@.venv/bin/python -m pytest -m slow --ignore=tests/image $(ARGS)
 
 test-faults: setup ## break everything that can break, and print what held as a table (SLOW=1: and 100 random kills)
-	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/test_checkpoint.py \
+	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/checkpoints \
 		tests/parallel/test_resume.py $(ARGS)
 
 doctor: ## is this machine fit? a table of checks, with what to do (ARGS="-np 8 key=value ...")
@@ -68,10 +68,14 @@ screenshots: setup ## draw the pictures in docs/images/ anew, of runs made for t
 	@.venv/bin/python -m benchmarks.screenshots
 	@.venv/bin/python -m benchmarks.rank_curves
 
-lint: setup ## ruff and mypy
+docs: setup ## write docs/configuration.md anew from the schema in job/config.py
+	@.venv/bin/python -m job.config > docs/configuration.md
+
+lint: setup ## ruff, mypy, and which room of job/ may import which
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
+	@.venv/bin/lint-imports
 
 lock: ## resolve requirements-*.txt anew from pyproject.toml
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
@@ -80,5 +84,5 @@ lock: ## resolve requirements-*.txt anew from pyproject.toml
 	"$$tmp/bin/uv" $(lock) --extra gpu --extra build --constraint requirements-cpu.txt -o requirements-gpu.txt
 
 clean: ## remove .venv and caches; runs/ and the data stay
-	rm -rf .venv .setup .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .setup .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Reproduce the tutorial's result: ``python -m benchmarks.tutorial``, about 15 minutes on two cores.
 
 The default configuration with three seeds on 1 and on 2 ranks, and with one seed on 3 and 4. Beside it the same with
-MXNet's own BatchNorm, to tell what is the recipe's and what is ours. Prints the README's table.
+MXNet's own BatchNorm, to tell what is the recipe's and what is ours. Prints the table of docs/results.md.
 """
 
 from __future__ import annotations

@@ -7,13 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Optional
-
-from pydantic_core import PydanticUndefined
+from typing import NoReturn, Optional
 
 from job import run_dir
 from job.checkpoints import resume
-from job.config import DEFAULT_FILE, Config, fields, load_config
+from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, load_config, written
 from job.distributed.placement import placement
 from job.errors import UsageError
 from job.fitness import preflight
@@ -21,7 +19,7 @@ from job.fitness import preflight
 _DESCRIPTION = """Train a Gluon network with BatchNorm on Fashion-MNIST, on any number of ranks.
 
   python job/train.py                                        one rank
-  horovodrun -np 4 python job/train.py                       four ranks, the same result sooner
+  horovodrun -np 4 python job/train.py                       four ranks: the same result, sooner
   python job/train.py train.epochs=10 optimizer.learning_rate=0.1 run.dir=runs/longer
 """
 
@@ -46,17 +44,17 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         prog="train.py",
         description=_DESCRIPTION,
         epilog=_keys() + "\nexit codes: 0 done; 1 failed; 2 bad configuration or usage, nothing was started;"
-        " 75 preempted, run again to go on",
+        " 75 preempted, the same command continues",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: configs/{DEFAULT_FILE.name})")
     parser.add_argument(
-        "--check", action="store_true", help="check everything, print the resolved config, start nothing"
+        "--config", type=Path, metavar="FILE", help=f"configuration file (YAML; default: configs/{DEFAULT_FILE.name})"
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="print warnings and errors only: nothing, if the run succeeds"
+        "--check", action="store_true", help="check everything, print the whole configuration, start nothing"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace those of the file")
     options = parser.parse_intermixed_args(arguments)
     if options.quiet:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
@@ -108,21 +106,10 @@ def _keys() -> str:
     """All keys with default and meaning, one a line, grouped by section."""
     lines = ["keys, with their defaults:"]
     for key, field in fields():
-        assignment = f"{key}={_default(field)}"
+        assignment = f"{key}={written(default_of(field))}"
         if len(assignment) > _COLUMN:
             lines.append(f"  {assignment}")
             assignment = ""
-        lines.append(f"  {assignment:<{_COLUMN}} {_choices(field)}{field.description}")
+        choices = f"{'|'.join(choices_of(field))}: " if choices_of(field) else ""
+        lines.append(f"  {assignment:<{_COLUMN}} {choices}{field.description}")
     return "\n".join(lines) + "\n"
-
-
-def _default(field: Any) -> str:
-    value = field.default if field.default is not PydanticUndefined else field.default_factory()
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return "[...]" if isinstance(value, list) and value else str(value)
-
-
-def _choices(field: Any) -> str:
-    choices = getattr(field.annotation, "__args__", ())
-    return f"{'|'.join(choices)}: " if choices and all(isinstance(c, str) for c in choices) else ""

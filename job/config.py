@@ -74,14 +74,14 @@ def _steps(text: str) -> range:
 class RunConfig(Section):
     dir: Path = Field(Path("runs/fashion_mnist"), description="folder that receives all that the run writes")
     overwrite: bool = Field(False, description="replace the run that run.dir already holds")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of the weights and of the order of samples")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the first weights and of the order of samples")
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: the local rank's GPU, or the CPU if none")
     resume: str = Field(
-        "never", min_length=1, description="auto: go on with the run in run.dir; PATH: from that checkpoint; never"
+        "never", min_length=1, description="auto: continue the run in run.dir; PATH: from that checkpoint; never"
     )
     resume_ignoring: List[str] = Field([], description="keys in which a resumed run may differ")  # noqa: UP006
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="loss or gradient NaN or infinite: end, or skip the update"
+        "stop", description="if loss or gradient is NaN or infinite: end, or skip the update"
     )
     step_timeout_seconds: float = Field(300.0, gt=0, description="longest wait for another rank, in seconds")
     profile_steps: Optional[str] = Field(None, description="steps to profile: FIRST-LAST or one; the first is 1")
@@ -116,9 +116,9 @@ class RunConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Optional[int] = Field(
-        100, ge=1, description="steps from one checkpoint to the next; null: only at the end of each epoch"
+        100, ge=1, description="steps between two checkpoints; null: only at the end of each epoch"
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep, beside the best by test accuracy")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep; the best by test accuracy is kept too")
 
 
 class Sha256Config(Section):
@@ -166,7 +166,9 @@ class DataConfig(Section):
     )
     download_timeout_seconds: float = Field(30.0, gt=0, description="longest silence of a mirror, in seconds")
     download_attempts: int = Field(3, ge=1, description="tries for each file and mirror")
-    lock_timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for another process to fetch, seconds")
+    lock_timeout_seconds: float = Field(
+        1800.0, gt=0, description="longest wait while another process fetches, in seconds"
+    )
     sha256: Sha256Config = Field(default_factory=Sha256Config)
 
     @field_validator("mirrors")
@@ -218,7 +220,7 @@ class OptimizerConfig(Section):
     name: Literal["sgd", "adam"] = Field("sgd", description="update rule")
     learning_rate: float = Field(0.2, gt=0, description="peak learning rate")
     scale_learning_rate: Literal["none", "linear", "sqrt"] = Field(
-        "none", description="by the number of ranks; only with data.batch_per_rank"
+        "none", description="with the number of ranks; only with data.batch_per_rank"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd's momentum")
     nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
@@ -240,8 +242,8 @@ class ScheduleConfig(Section):
     name: Literal["constant", "step", "cosine"] = Field("constant", description="shape of the learning rate")
     warmup_epochs: float = Field(0.0, ge=0, description="linear rise from 0 at the start, in epochs")
     step_epochs: List[float] = Field([], description="step: epochs at which the rate falls")  # noqa: UP006
-    step_factor: float = Field(0.1, gt=0, le=1, description="step: what it is multiplied by each time")
-    final_fraction: float = Field(0.0, ge=0, le=1, description="cosine: what it ends at, as a fraction of the peak")
+    step_factor: float = Field(0.1, gt=0, le=1, description="step: factor of the rate each time")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="cosine: rate at the end, as a fraction of the peak")
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
@@ -254,9 +256,9 @@ class ScheduleConfig(Section):
 
 class TrainConfig(Section):
     epochs: int = Field(5, ge=1, description="passes over the training set")
-    max_steps: Optional[int] = Field(None, ge=1, description="stop after so many steps; null: after the epochs")
-    log_every_steps: int = Field(10, ge=1, description="steps from one line of train metrics to the next")
-    accumulate_steps: int = Field(1, ge=1, description="micro-batches that a global batch is computed in")
+    max_steps: Optional[int] = Field(None, ge=1, description="stop after this many steps; null: after the epochs")
+    log_every_steps: int = Field(10, ge=1, description="steps between two lines of train metrics")
+    accumulate_steps: int = Field(1, ge=1, description="parts of a global batch, computed one after another")
     clip_gradient_norm: Optional[float] = Field(None, gt=0, description="largest L2 norm of the whole gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
 
@@ -300,6 +302,24 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
             yield from fields(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def default_of(field: Any) -> Any:
+    """The value of a key that nobody sets."""
+    return field.get_default(call_default_factory=True)
+
+
+def written(value: Any) -> str:
+    """``value`` as the command line takes it; a list that is not empty is left out."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return "[...]" if isinstance(value, list) and value else str(value)
+
+
+def choices_of(field: Any) -> Sequence[str]:
+    """The words that a key takes, where there are only a few."""
+    choices = getattr(field.annotation, "__args__", ())
+    return choices if all(isinstance(choice, str) for choice in choices) else ()
 
 
 def load_config(file: Optional[Path] = None, overrides: Sequence[str] = ()) -> Config:
@@ -398,3 +418,61 @@ def _nearest(key: str) -> str:
 
 def _kind(value: object) -> str:
     return "list" if isinstance(value, list) else type(value).__name__
+
+
+# --- docs/configuration.md -------------------------------------------------------------------------------------------
+
+_PAGE = """# Configuration
+
+<!-- Made from job/config.py by `make docs`. Do not edit: change the schema, then run it again. -->
+
+Every key has a default. A YAML file changes some of them (`--config FILE`; without it, `configs/fashion_mnist.yaml`).
+The command line changes some again: `optimizer.learning_rate=0.1`. The last one wins.
+
+    python job/train.py --config configs/smoke.yaml train.epochs=2 run.dir=runs/two
+
+All keys and values are checked before any rank starts. One message names everything that is wrong, and the exit code
+is 2. `python job/train.py --check [arguments]` prints the configuration that a command means, and starts nothing.
+"""
+_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
+_LISTS = {str: "list of texts", float: "list of numbers"}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def page() -> str:
+    """All keys as Markdown, a table for each section: key, default, what it takes, meaning."""
+    text, section = _PAGE, ""
+    for key, field in fields():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            text += f"\n## {section}\n\n| key | default | takes | meaning |\n|---|---|---|---|\n"
+        text += f"| `{key}` | {_default_cell(field)} | {_takes(field)} | {field.description} |\n"
+    return text
+
+
+def _default_cell(field: Any) -> str:
+    value = default_of(field)
+    if isinstance(value, Path) and _cache_home() in value.parents:
+        value = Path("~/.cache") / value.relative_to(_cache_home())
+    values = value if isinstance(value, list) and value else [written(value)]
+    return "<br>".join(f"`{item}`" for item in values)
+
+
+def _takes(field: Any) -> str:
+    """Type and limits, in words: ``whole number, at least 1, or null``."""
+    if choices_of(field):
+        return ", ".join(f"`{choice}`" for choice in choices_of(field))
+    kinds = getattr(field.annotation, "__args__", (field.annotation,))
+    is_list = getattr(field.annotation, "__origin__", None) is list
+    limits = [
+        f"{word} {getattr(limit, name):,}"
+        for limit in field.metadata
+        for name, word in _LIMITS.items()
+        if hasattr(limit, name)
+    ]
+    words = ", ".join([(_LISTS if is_list else _TYPES)[kinds[0]], *limits])
+    return words + (", or `null`" if type(None) in kinds else "")
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -102,13 +102,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         UsageError: the command line or the configuration is wrong.
         JobError: a check failed.
     """
-    parser = _Parser(prog="doctor.py", description="Say what is wrong with this machine for this run, and what to do.")
+    parser = _Parser(prog="doctor.py", description="Check this machine for a run. Say what is wrong, and what to do.")
     parser.add_argument("--json", action="store_true", help="print facts and checks as one JSON object")
-    parser.add_argument("-np", type=_positive, metavar="N", help="ranks on this machine (default: one a GPU, else 2)")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"as of train.py (default: configs/{DEFAULT_FILE.name})"
+        "-np", type=_positive, metavar="N", help="ranks on this machine (default: one for each GPU, or 2)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as of train.py")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"as for train.py (default: configs/{DEFAULT_FILE.name})"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
     options = parser.parse_intermixed_args(arguments)
     known, found = examine(load_config(options.config, options.overrides), options.np)
     if options.json:

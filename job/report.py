@@ -261,11 +261,13 @@ def main() -> None:
     """Read the runs, write the page, say where it is."""
     parser = argparse.ArgumentParser(
         prog="report.py",
-        description="Make one HTML page of runs: curves, a table, the configuration, the confusion matrix, the ranks.",
-        epilog="A run may still be going on. exit codes: 0 done; 1 the page cannot be written; 2 bad usage or no runs",
+        description="Make one HTML page of runs: their curves, results, differences, confusion matrices and ranks.",
+        epilog="The runs need not be complete. exit codes: 0 done; 1 cannot write the page; 2 bad usage or no runs",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run (run.dir)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first RUN")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page to write (default: report.html in the first RUN)"
+    )
     options = parser.parse_args()
     output = options.output or options.runs[0] / "report.html"
     if output.is_dir():

@@ -1,1 +1,1 @@
-"""Starting the job: on one machine, on several, under a scheduler."""
+"""Run by nobody: the package of all that starts the job, on one machine, on several, under a scheduler."""

@@ -1,4 +1,4 @@
-"""Several machines over ssh; ``launch/cluster.sh --help`` tells how.
+"""Run by launch/cluster.sh, for a person: several machines over ssh. ``launch/cluster.sh --help`` says how.
 
 Horovod's rendezvous server and its allocation of ranks are used as ``horovodrun`` uses them, but the ranks are started
 by an agent on each host (launch/hosts/agent.py): ``horovodrun`` puts the environment on the remote command line, where
@@ -47,27 +47,30 @@ _RESOLVE_SECONDS = 5.0  # for all names together
 
 _DESCRIPTION = """Train on several machines, over ssh.
 
-  launch/cluster.sh hosts                                          the default run on all hosts
+  launch/cluster.sh hosts                                          the default run, on all hosts
   launch/cluster.sh hosts --config configs/smoke.yaml run.dir=/shared/runs/first
-  launch/cluster.sh -p 2222 -np 8 hosts train.epochs=10            eight ranks, the first hosts filled first
+  launch/cluster.sh -p 2222 -np 8 hosts train.epochs=10            eight ranks; the first hosts are filled first
 
-HOSTFILE names a host a line, `host`, `host slots=N` or `host:N`, where N is its number of ranks; without it a host
-takes one rank a GPU, or one if it has none. `#` begins a comment. Rank 0, which alone reads and writes run.dir, runs on
-the first host: keep run.dir on a file system that all hosts share, or keep the first host.
+HOSTFILE is a file with one host on each line: `host`, `host slots=N` or `host:N`. N is the number of ranks there.
+Without N a host gets one rank for each GPU, or one rank if it has no GPU. `#` begins a comment.
+
+Rank 0 runs on the first host. Only rank 0 reads and writes run.dir. So keep run.dir on a file system that all hosts
+share, or do not change the first host.
 """
-_EPILOG = """Every host needs this checkout and its .venv by the same path, and the working directory; a host that lacks
-them, or holds another commit or other packages, is named before any rank starts. Host keys are believed as your own
-ssh settings say; `ssh HOST true` must work without a question.
+_EPILOG = """Every host needs this checkout and its .venv at the same path, and the folder that you start from. All
+hosts are checked before any rank starts. A host that lacks something, or has another commit or other packages, is
+named. Your own ssh settings decide which host keys are trusted. `ssh HOST true` must work without asking anything.
 
-Ranks get these variables of your environment and no others: HOROVOD_*, MXNET_*, NCCL_*, GLOO_*, OMP_*, KMP_*,
-OMPI_MCA_*, LANG, LC_*, TZ. They and those of -x travel inside the ssh connection, on no command line.
+The ranks get these variables of your environment: HOROVOD_*, MXNET_*, NCCL_*, GLOO_*, OMP_*, KMP_*, OMPI_MCA_*, LANG,
+LC_*, TZ, and those that you name with -x. They get no others. The variables travel inside the ssh connection, and no
+command line shows them.
 
-A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
-hold run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint; the
-second one ends them at once. Should a rank, a host, a link or this launcher die, all the rest ends.
+To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
+run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint. A second
+signal ends them at once. If a rank, a host, a link or this launcher dies, everything else ends too.
 
-exit codes: 0 done; 1 failed, or a host is not fit; 2 bad configuration or usage, nothing was started; 75 preempted with
-a checkpoint written; 130 or 143 stopped by a signal without one
+exit codes: 0 done; 1 failed, or a host is not fit; 2 bad configuration or usage, nothing was started; 75 preempted, a
+checkpoint is written; 130 or 143 stopped by a signal, without a checkpoint
 """
 
 
@@ -87,22 +90,31 @@ def _names(text: str) -> list[str]:
 
 
 def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """The command line; ``arguments`` of the result are those of train.py.
+    """The command line. ``arguments`` of the result are for train.py.
 
     Raises:
         UsageError: it is not usable.
     """
     options = _parser().parse_args(arguments)
-    for name in options.forward:
-        if name not in os.environ:
-            raise UsageError(f"-x {name}: there is no such variable in the environment")
-    if options.ssh_identity_file and not options.ssh_identity_file.is_file():
-        raise UsageError(f"-i {options.ssh_identity_file}: there is no such file")
+    _require_variables(options.forward)
+    _require_file("-i", options.ssh_identity_file)
     options.arguments = with_auto_resume(options.arguments)
     return options
 
 
+def _require_variables(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in os.environ:
+            raise UsageError(f"-x {name}: there is no such variable in the environment")
+
+
+def _require_file(option: str, file: Optional[Path]) -> None:
+    if file and not file.is_file():
+        raise UsageError(f"{option} {file}: there is no such file")
+
+
 def _parser() -> _Parser:
+    """All options, in the order of ``--help``."""
     parser = _Parser(
         prog="launch/cluster.sh",
         usage="launch/cluster.sh [options] HOSTFILE [arguments of job/train.py]",
@@ -112,47 +124,45 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
-    _add_connection_options(parser)
-    _add_timeouts(parser)
-    add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
-    add("--dry-run", action="store_true", help="print the commands, contact no host")
     add("hostfile", type=Path, metavar="HOSTFILE", help="see above")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="`python job/train.py --help` lists them")
-    return parser
 
+    add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
+    add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
+    add("--dry-run", action="store_true", help="print the commands, contact no host")
 
-def _add_connection_options(parser: _Parser) -> None:
-    """How launcher, hosts and ranks reach one another, and what the launcher hands over."""
-    add = parser.add_argument
+    add = parser.add_argument_group("how hosts are reached").add_argument
     add("-p", "--ssh-port", type=_positive, metavar="PORT", help="port of sshd on all hosts")
-    add("-i", "--ssh-identity-file", type=Path, metavar="FILE", help="private key to log in with")
-    add("-x", dest="forward", action="append", default=[], metavar="NAME", help="give this variable to the ranks too")
+    add("-i", "--ssh-identity-file", type=Path, metavar="FILE", help="private key for the login")
     add(
         "--pin-host-keys",
         type=Path,
         metavar="FILE",
-        help="believe only the host keys in FILE, and add those of hosts that it does not hold yet; a key that has"
-        " changed is refused",
+        help="trust only the host keys in FILE; add the key of a new host; refuse a key that has changed",
     )
+
+    add = parser.add_argument_group("how ranks reach one another, and what they get").add_argument
     add(
         "--network-interface",
         type=_names,
         default=_names(os.environ.get("HOROVOD_GLOO_IFACE", "")),
         metavar="NAME,...",
-        help="interface for the ranks, the first of these that a host has (default: HOROVOD_GLOO_IFACE, or the one that"
-        " ssh comes in by)",
+        help="network interface for the ranks: the first of these that a host has (default: HOROVOD_GLOO_IFACE, or the"
+        " interface that ssh uses)",
     )
-    add("--launcher-address", metavar="ADDRESS", help="address of this machine, where the hosts see it by another one")
+    add("--launcher-address", metavar="ADDRESS", help="address of this machine, if the hosts see it by another one")
+    add("-x", dest="forward", action="append", default=[], metavar="NAME", help="give this variable to the ranks too")
 
-
-def _add_timeouts(parser: _Parser) -> None:
-    for option, seconds, purpose in (
-        ("--check-timeout", 150, "the checks of a host"),
-        ("--stop-timeout", 60, "the last step and its checkpoint when asked to stop"),
-    ):
-        text = f"seconds for {purpose} (default: {seconds})"
-        parser.add_argument(option, type=_positive, default=seconds, metavar="S", help=text)
+    add = parser.add_argument_group("time limits").add_argument
+    add("--check-timeout", type=_positive, default=150, metavar="S", help="seconds to check a host (default: 150)")
+    add(
+        "--stop-timeout",
+        type=_positive,
+        default=60,
+        metavar="S",
+        help="seconds for the last step and its checkpoint when you stop the job (default: 60)",
+    )
+    return parser
 
 
 # --- what every rank gets --------------------------------------------------------------------------------------------

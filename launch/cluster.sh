@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several machines over ssh. This finds the environment; launch/cluster.py does the work.
+# A person runs this, or the launcher pod: several machines over ssh. It finds Python; launch/cluster.py does the work.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

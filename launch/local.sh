@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# One machine, N ranks. It checks the configuration once, before any rank starts, and then is `mpirun` or `horovodrun`
-# with the options that one always wants. The working directory stays yours: relative paths are from there.
+# A person runs this: one machine, N ranks.
+# It checks the configuration once, before any rank starts, and then is `mpirun` or `horovodrun` with
+# the options that one always wants. The working directory stays yours: relative paths are from there.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 usage: launch/local.sh [-np N] [--gloo] [--dry-run] [arguments of job/train.py]
 
-  -np N       ranks (default: one a GPU; without GPUs 2)
-  --gloo      coordinate over Gloo; by default over MPI, which is faster on one machine, if there is an mpirun
+  -np N       ranks (default: one for each GPU, or 2 without a GPU)
+  --gloo      use Gloo; the default is MPI if there is an mpirun, because it is faster on one machine
   --dry-run   print the command and stop
   --help      this text; `python job/train.py --help` lists the arguments of train.py
 
 example:      launch/local.sh -np 4 --config configs/smoke.yaml run.dir=runs/first
 exit codes:   0 done, 1 failed, 2 bad configuration or usage (nothing was started), 75 preempted with a checkpoint
-              written, 130 or 143 stopped by a signal without one
+              written, 130 or 143 stopped by a signal without a checkpoint
 
-A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
-hold run.resume or run.overwrite. SIGTERM or SIGUSR1 stops all ranks after their step, with a checkpoint; a second one
-stops them at once. Ctrl-C leaves them a second or so.
+To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
+run.resume or run.overwrite. SIGTERM or SIGUSR1 stops all ranks after their step, with a checkpoint; a second one
+stops them at once. After Ctrl-C they have about a second.
 END
 }
 

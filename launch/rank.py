@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Start this task's ranks where no launcher can reach the other machines: under Slurm, and in an Indexed Job.
+"""Run by a Slurm task or by a pod of an Indexed Job: starts its ranks, where no launcher reaches the other machines.
 
 Slurm and Kubernetes start the tasks of a job by themselves and tell each, in its environment, which one it is. What is
 left to do is what ``horovodrun`` does over ssh: the task of rank 0 opens Horovod's rendezvous server, all tasks report
@@ -40,8 +40,8 @@ from launch.shared.arguments import with_auto_resume
 
 HELP = """usage: python launch/rank.py [--coordinator HOST] [--dry-run] [arguments of job/train.py]
 
-Runs the one rank of a Slurm task, or all ranks of a pod of an Indexed Job, and ends as they end. Every task of the job
-runs the same command:
+Starts the one rank of a Slurm task, or all ranks of one pod of an Indexed Job. It ends with their exit code. Every task
+of the job runs the same command:
 
   srun --ntasks=4 python launch/rank.py --config configs/smoke.yaml run.dir=runs/first
 
@@ -52,20 +52,20 @@ runs the same command:
   --help               this text; `python job/train.py --help` lists the arguments of train.py
 
 environment:
-  Slurm                SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID, SLURM_STEP_TASKS_PER_NODE and their like, set by srun:
+  Slurm                SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID, SLURM_STEP_TASKS_PER_NODE and others, set by srun:
                        one task is one rank
   an Indexed Job       JOB_COMPLETION_INDEX, set by Kubernetes; JOB_HOSTS, the number of pods; JOB_RANKS_PER_HOST
                        (default: 1); JOB_COORDINATOR, the DNS name of pod 0
-  JOB_COORDINATOR_PORT TCP port of the rendezvous (default: 29400; under Slurm one that follows from the job's id)
+  JOB_COORDINATOR_PORT TCP port of the rendezvous (default: 29400; under Slurm a port made from the job's id)
   JOB_START_TIMEOUT_SECONDS
-                       longest wait for all tasks to be there (default: 600)
+                       longest wait until all tasks are there (default: 600)
   HOROVOD_GLOO_IFACE   network interface of the collectives (default: the one towards the coordinator)
 
 exit codes:   0 done, 1 failed, 2 bad configuration or usage (no rank was started), 75 preempted with a checkpoint
-              written, 128 + N stopped by signal N without one
+              written, 128 + N stopped by signal N without a checkpoint
 
-A run that was stopped goes on when the same command is given again: run.resume=auto is added, unless the arguments
-hold run.resume or run.overwrite. SIGTERM and SIGUSR1 are passed on to the ranks, which stop after their step.
+To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
+run.resume or run.overwrite. SIGTERM and SIGUSR1 go on to the ranks, which stop after their step.
 """
 
 PORT = 29400

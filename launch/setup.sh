@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The one set-up. `make train`, `make test` and the Dockerfile all come through here, so what works for one works for all.
+# A person runs this, or make, or the build of the image: the one set-up.
+#
+# `make train`, `make test` and the Dockerfile all come through here, so what works for one works for all.
 #
 # It makes .venv beside job/: a Python that MXNet 1.9.1 accepts, the exact packages of requirements-*.txt, and Horovod
 # built against them. Each stage leaves a stamp with a hash of what it was made from, so a second call finds nothing to
@@ -11,16 +13,16 @@ usage() {
 usage: launch/setup.sh [--gpu] [--no-data] [--no-dev]
 
 Makes .venv (Python packages, and Horovod built from source) and fetches Fashion-MNIST.
-Run it as often as you like: what is done already is not done again.
+You can run it again at any time: work that is done is not done again.
 
   --gpu       for NVIDIA GPUs: MXNet for CUDA 11, Horovod over NCCL
   --no-data   leave the data set for later
-  --no-dev    without what only tests and lint need, for a machine that does nothing but train (always so with --gpu)
+  --no-dev    leave out what only tests and lint need, for a machine that only trains (always so with --gpu)
   --help      this text
 
 environment:
   PYTHON      the Python to use (3.9, 3.10 or 3.11); otherwise the first that fits on PATH
-  JOBS        compilers at once (default: one a core, as far as the memory goes)
+  JOBS        compilers at once (default: one for each core, if the memory is enough)
 END
 }
 

@@ -1,1 +1,1 @@
-"""The hosts of launch/cluster.sh: who they are, whether they are fit, and their ranks from start to end."""
+"""Imported by launch/cluster.py: the hosts. Who they are, whether they are fit, and their ranks from start to end."""

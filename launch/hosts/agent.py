@@ -1,4 +1,4 @@
-"""The launcher's hand on one host: starts the ranks there, passes on what they say, and ends them.
+"""Run on each host by launch/cluster.py, over ssh: starts the ranks there, passes on what they print, and ends them.
 
     ssh HOST python launch/hosts/agent.py        (what follows comes over its standard input)
 

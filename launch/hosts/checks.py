@@ -1,4 +1,4 @@
-"""Every host is asked before any rank starts: can it be reached, does it hold the same code, has it what a run needs?
+"""Imported by launch/cluster.py: before any rank starts, is each host there, alike, and fit for the run?
 
 What a host is, its own doctor says (job/doctor.py). Here the hosts are asked side by side, each within a bound, their
 answers are compared, and whatever would end the run later becomes a :class:`Problem` now.

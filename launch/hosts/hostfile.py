@@ -1,4 +1,4 @@
-"""The file that names the hosts of a job: ``host``, ``host slots=N`` or ``host:N`` a line."""
+"""Imported by launch/cluster.py: the hostfile. Each line is ``host``, ``host slots=N`` or ``host:N``."""
 
 from __future__ import annotations
 

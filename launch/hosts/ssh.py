@@ -1,4 +1,6 @@
-"""The ssh commands, whose options decide how soon a dead host is noticed and which host keys are believed."""
+"""Imported by launch/cluster.py: the ssh commands. Their options decide how soon a dead host is noticed, and which host
+keys are believed.
+"""
 
 from __future__ import annotations
 

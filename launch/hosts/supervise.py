@@ -1,4 +1,4 @@
-"""All hosts of a job together: their output, how the job ends, and that it ends everywhere when any part dies."""
+"""Imported by launch/cluster.py: all hosts of a job together. Their output, and how the job ends on all of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The launcher pod: launch/cluster.sh, and again after each preemption, but never after a failure of the job's own.
+# The launcher pod of the MPIJob runs this: launch/cluster.sh, again after a preemption, never after a real failure.
 set -uo pipefail
 
 usage() {
@@ -7,12 +7,11 @@ usage() {
 usage: launch/kubernetes/launcher.sh HOSTFILE [arguments of job/train.py]
 
 Waits until every host of HOSTFILE answers, then runs launch/cluster.sh HOSTFILE with the arguments. If it ends with
-75 (preempted), or ends because a worker was lost, this waits for the workers and runs it again. A failure with every
-worker still in its place is final: it is noted on the workers, so that a launcher pod that replaces this one does not
-repeat it.
+75 (preempted), or because a worker was lost, this waits for the workers and runs it again. If it fails while all workers
+are there, the failure is final. It is noted on the workers, so that another launcher pod does not repeat it.
 
 environment:
-  JOB_WORKERS_TIMEOUT_SECONDS   longest wait for the workers (default 3600: a preempted one must find a node again)
+  JOB_WORKERS_TIMEOUT_SECONDS   longest wait for the workers (default 3600: a preempted worker needs a new node)
 
 exit codes:   0 done, 1 failed, 2 bad configuration or usage, 75 this pod itself was asked to go
 END

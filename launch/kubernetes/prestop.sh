@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A worker is told to go (its preStop hook): its ranks get the signal, and time for their checkpoint.
+# A worker pod runs this when it has to go (its preStop hook): its ranks get the signal, and time for their checkpoint.
 #
 # Without this, SIGTERM would reach sshd alone, and the ranks would be killed with the container. All ranks of the job
 # stop after the same step, with a checkpoint, and leave with exit code 75; launcher.sh goes on when all pods are back.

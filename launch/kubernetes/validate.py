@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check manifests without a cluster: ``python launch/kubernetes/validate.py --help``.
+"""A person runs this, or ``make kubernetes``: it checks manifests without a cluster. ``--help`` says more.
 
 Three layers, each of which has to be clean before the next is looked at: core kinds by their own schemas in strict mode
 (kubernetes-validate), the MPIJob by its types and the operator's validation (v2beta1.py), and whether all of it fits
@@ -28,13 +28,13 @@ from launch.kubernetes.checks.manifest import Document, Problem, all_pods, is_qu
 from launch.kubernetes.checks.v2beta1 import MPIJob
 
 RENDER_SECONDS = 60
-HELP = """Check the manifests of PATH..., all of them together, as what is applied to one namespace.
+HELP = """Check the manifests of all PATHs together: everything that one namespace gets.
 
   python launch/kubernetes/validate.py launch/kubernetes/once launch/kubernetes/overlays/cpu
 
-A PATH is a file of YAML documents, or a directory, which is rendered with `kubectl kustomize` (or `kustomize build`).
+A PATH is a file of YAML documents or a folder. A folder is rendered with `kubectl kustomize` (or `kustomize build`).
 
-exit codes: 0 all is well; 1 something is wrong, each with document and place; 2 bad usage, or a file that is no YAML
+exit codes: 0 all is well; 1 something is wrong, and each problem is named with its place; 2 bad usage, or not YAML
 """
 
 
@@ -152,7 +152,7 @@ def main(arguments: Any = None) -> int:
     parser = _Parser(prog="validate.py", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     parser.add_argument(
-        "--version", default="1.31", help="of Kubernetes (default: 1.31, the first with all that is used)"
+        "--version", default="1.31", help="version of Kubernetes (default: 1.31, the oldest that works)"
     )
     options = parser.parse_args(arguments)
     documents = [document for path in options.paths for document in read(path)]

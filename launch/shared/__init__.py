@@ -1,1 +1,1 @@
-"""What several launchers share."""
+"""Run by nobody: what several launchers share."""

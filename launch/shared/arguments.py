@@ -1,4 +1,4 @@
-"""What launchers add to the arguments of train.py; launch/local.sh does the same in bash."""
+"""Imported by the launchers: what they add to the arguments of train.py. launch/local.sh does the same in bash."""
 
 from __future__ import annotations
 

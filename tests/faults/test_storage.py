@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests import synthetic
 from tests.faults.conftest import Run, finish, wait_for_line
-from tests.unit.test_checkpoint import Bomb
+from tests.unit.checkpoints.test_store import Bomb
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.kubernetes import manifest, validate
+from launch.kubernetes import validate
+from launch.kubernetes.checks import manifest
 from launch.kubernetes.checks.v2beta1 import MPIJob
 from tests.kubernetes.pod import KUBERNETES, ROOT
 

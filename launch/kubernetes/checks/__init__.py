@@ -1,1 +1,1 @@
-"""What launch/kubernetes/validate.py checks, in layers: how manifests are read, the objects, this job."""
+"""Imported by validate.py: what it checks, in layers: how manifests are read, the objects, this job."""

@@ -1,4 +1,4 @@
-"""What no schema sees, of this job: that the manifests fit the image, and the training that they start.
+"""Imported by validate.py: what no schema sees of this job. Do the manifests fit the image and the training?
 
 Each check takes all documents that are applied together, each valid by itself, and yields what does not fit.
 """

@@ -1,4 +1,4 @@
-"""How manifests are read: their documents, the pods that come of them, and the problems that checks find in both."""
+"""Imported by validate.py: how manifests are read. Their documents, their pods, and the problems found in both."""
 
 from __future__ import annotations
 

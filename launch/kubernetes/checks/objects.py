@@ -1,4 +1,4 @@
-"""What no schema sees, of any workload: that Kubernetes' objects find one another, and that their pods can run.
+"""Imported by validate.py: what no schema sees of any workload. Do the objects find one another, can the pods run?
 
 Each check takes all documents that are applied together, each valid by itself, and yields what does not fit.
 """

@@ -1,4 +1,4 @@
-"""The MPIJob of the Kubeflow MPI operator, kubeflow.org/v2beta1, typed: what the operator refuses is refused here.
+"""Imported by validate.py: the MPIJob (kubeflow.org/v2beta1) with types. It refuses what the MPI operator refuses.
 
 From its types.go, default.go and validation.go, version 0.8.2. Beyond those, unknown keys are errors, which the API
 server would drop without a word. Pod templates are left as they are: the schema of core/v1 is for them (validate.py).
