@@ -221,6 +221,7 @@ class ShardedNetwork:
                 **{key: value for key, value in given.items() if key in internals[outputs[output]].list_inputs()}
             )
             found.append(tuple(1 if axis in dropout.axes else length for axis, length in enumerate(shape)))
+            given[shard(dropout.mask, 0)] = found[-1]  # on which the shapes after it depend
         return found
 
     def _compile(self, fed: set[str]) -> mx.nd.CachedOp:

@@ -21,6 +21,7 @@ from job.data.idx import Split
 from job.data.sampler import Shard, own_shards
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
+from job.errors import UsageError
 from job.networks import models
 from job.networks.kernels import host_view
 from job.training.learner import Feed, Learner, cross_entropy
@@ -70,12 +71,14 @@ def learner(
     comm: Optional[Comm] = None,
     train: Optional[dict[str, Any]] = None,
     shards: int = 3,
+    run: Optional[dict[str, Any]] = None,
+    model: Optional[dict[str, Any]] = None,
     **optimizer: Any,
 ) -> Learner:
     seed_everything(1)
     net = nn.Dense(10) if net is None else net
     models.initialize(net, CPU, dtype)
-    config = {"data": {"shards": shards}, "train": train or {}, "optimizer": optimizer}
+    config = {"data": {"shards": shards}, "train": train, "optimizer": optimizer, "run": run, "model": model}
     return Learner(net, comm or Comm(), Feed(CPU, dtype), Config.model_validate(config))
 
 
@@ -199,6 +202,7 @@ def test_a_step_of_the_network_with_batch_norm_is_gluons_own_of_the_whole_batch(
     with autograd.record():
         mean = gluon.loss.SoftmaxCrossEntropyLoss()(plain(images), mx.nd.array(data.labels, dtype="float64")).mean()
     mean.backward()
+    mx.nd.waitall()  # MXNet's backward writes the running statistics, and reading them does not wait for it
     take_step(trained, data, [samples], 0.25)
 
     for ours, theirs, start in zip(parameters(trained), plain.collect_params().values(), begun):
@@ -209,6 +213,123 @@ def test_a_step_of_the_network_with_batch_norm_is_gluons_own_of_the_whole_batch(
             assert not np.array_equal(expected, start)  # the running statistics have moved
             tolerance = 1e-6  # MXNet's momentum is a float32, and batches have means of up to 8
         np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance, err_msg=theirs.name)
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_without_sync_batch_norm_each_shard_is_gluons_own_batch_and_the_running_statistics_follow_their_mean(
+    micros: int,
+) -> None:
+    data, shards = split(12), 3
+    config = ModelConfig(dense_batch_norm=True)
+    train = {"accumulate_steps": micros}
+    trained = learner(models.build(config), train=train, shards=shards, model={"sync_batch_norm": False})
+    plain = models.build(config)
+    models.initialize(plain, CPU, "float64")
+    random = np.random.default_rng(2)
+    for ours, theirs in zip(trained.net.collect_params().values(), plain.collect_params().values()):
+        start = mx.nd.array(random.uniform(-0.1, 0.1, ours.shape) + theirs.name.endswith("gamma"), dtype="float64")
+        ours.set_data(start)
+        theirs.set_data(start)
+    begun = parameters(trained)
+
+    expected = [value.copy() for value in begun]
+    for micro in np.array_split(np.arange(12), micros):
+        running = []
+        for part in np.array_split(micro, shards):
+            for parameter, value in zip(plain.collect_params().values(), begun):
+                parameter.set_data(mx.nd.array(value, dtype="float64"))
+            with autograd.record():
+                logits = plain(mx.nd.array(data.images[part][:, None] / 255, dtype="float64"))
+                loss = cross_entropy(logits, mx.nd.array(data.labels[part], dtype="float64")).sum() / 12
+            loss.backward()
+            mx.nd.waitall()  # MXNet's backward writes the running statistics, and reading them does not wait for it
+            running.append([parameter.data().asnumpy() for parameter in plain.collect_params().values()])
+            for value, parameter in zip(expected, plain.collect_params().values()):
+                if parameter.grad_req != "null":
+                    value -= 0.25 * parameter.grad().asnumpy()
+        moments = [(np.mean(of_shards, axis=0) - 0.9 * old) / 0.1 for old, of_shards in zip(begun, zip(*running))]
+        for value, parameter, moment in zip(expected, plain.collect_params().values(), moments):
+            if parameter.grad_req == "null":
+                value[:] = 0.9 * value + 0.1 * moment
+    take_step(trained, data, np.array_split(np.arange(12), micros), 0.25)
+
+    for ours, theirs, parameter in zip(parameters(trained), expected, plain.collect_params().values()):
+        tolerance = 1e-10 if parameter.grad_req != "null" else 1e-6  # MXNet's momentum is a float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=parameter.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_sync_batch_norm_any_number_of_ranks_has_the_same_bits(dtype: str) -> None:
+    data, shares = split(23), [np.arange(12), np.arange(12, 23)]
+    options: dict[str, Any] = {
+        "dtype": dtype, "shards": 5, "train": {"accumulate_steps": 2}, "model": {"sync_batch_norm": False},
+    }  # fmt: skip
+    lone = learner(models.build(ModelConfig()), **options)
+    take_step(lone, data, shares, 0.1)
+    for size in (2, 5):
+        ranks = [Rank(rank, size) for rank in range(size)]
+        for comm in ranks:
+            take_step(learner(models.build(ModelConfig()), comm=comm, **options), data, shares, 0.1)
+        trained = learner(models.build(ModelConfig()), comm=Rank(1, size, summed(ranks)), **options)
+        take_step(trained, data, shares, 0.1)
+        for ours, theirs in zip(parameters(trained), parameters(lone)):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def with_dropout() -> nn.HybridSequential:
+    net = nn.HybridSequential()
+    net.add(nn.Dropout(0.5), nn.Dense(32, activation="relu"), nn.Dropout(0.25), nn.Dense(10))
+    return net
+
+
+def test_dropout_drops_the_same_of_each_sample_on_any_number_of_ranks_and_goes_on_so_from_any_step() -> None:
+    data, samples = split(23), np.arange(23)
+    lone = learner(with_dropout(), "float32", shards=5)
+    take_step(lone, data, [samples], 0.1)
+    first = parameters(lone)
+    for size in (2, 5):
+        ranks = [Rank(rank, size) for rank in range(size)]
+        for comm in ranks:
+            take_step(learner(with_dropout(), "float32", comm=comm, shards=5), data, [samples], 0.1)
+        trained = learner(with_dropout(), "float32", comm=Rank(1, size, summed(ranks)), shards=5)
+        mx.random.seed(size)  # whose draws have no part in it
+        take_step(trained, data, [samples], 0.1)
+        for ours, theirs in zip(parameters(trained), first):
+            np.testing.assert_array_equal(ours, theirs)
+
+    take_step(lone, data, [samples], 0.1)
+    resumed = learner(with_dropout(), "float32", shards=5)
+    for parameter, value in zip(resumed.net.collect_params().values(), first):
+        parameter.set_data(mx.nd.array(value))
+    resumed.load_state_dict({"steps": 1, "skipped": 0})
+    take_step(resumed, data, [samples], 0.1)
+    for ours, theirs in zip(parameters(resumed), parameters(lone)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_dropout_drops_others_at_the_next_step_and_with_another_seed() -> None:
+    data, samples = split(23), np.arange(23)
+
+    def moved(steps: int, seed: int) -> np.ndarray:
+        trained = learner(with_dropout(), run={"seed": seed})
+        trained.load_state_dict({"steps": steps, "skipped": 0})
+        take_step(trained, data, [samples], 0.1)
+        return np.concatenate([value.ravel() for value in parameters(trained)])
+
+    assert np.array_equal(moved(0, 0), moved(0, 0))
+    assert not np.array_equal(moved(0, 0), moved(1, 0))
+    assert not np.array_equal(moved(0, 0), moved(0, 1))
+
+
+def test_a_network_that_draws_in_other_ways_than_dropout_is_refused_by_the_layer() -> None:
+    class Noisy(nn.HybridBlock):
+        def hybrid_forward(self, F, x):  # type: ignore[no-untyped-def]
+            return x + F.random.normal_like(x, name="noise")
+
+    net = nn.HybridSequential()
+    net.add(nn.Flatten(), Noisy(), nn.Dense(10))
+    with pytest.raises(UsageError, match=r"noise: the operator _random_normal_like draws random numbers"):
+        learner(net)
 
 
 @pytest.mark.parametrize(("sizes", "shards"), [((10,), 3), ((4, 3, 3), 3), ((1, 8, 1), 1)])
@@ -432,6 +553,17 @@ def test_the_update_ratio_is_how_far_the_last_step_moved_all_weights_together(
     after = np.concatenate([value.ravel() for value in weights(trained)]).astype(np.float64)
     expected = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert trained.vitals()["update_ratio"] == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-12)
+
+
+def test_a_step_that_was_skipped_has_no_gradient_norm_and_no_update_ratio() -> None:
+    data = split(30)
+    trained = learner(run={"on_nonfinite": "skip"})
+    take_step(trained, data, [np.arange(30)], 0.5, measure=True)
+    trained.net.weight.data()[:] = np.nan
+    take_step(trained, data, [np.arange(30)], 0.5, measure=True)
+    vitals = trained.vitals()
+    assert (trained.steps, trained.skipped) == (2, 1)
+    assert np.isnan(vitals["gradient_norm"]) and np.isnan(vitals["update_ratio"])
 
 
 def test_measuring_a_step_changes_nothing_of_it() -> None:
