@@ -307,6 +307,25 @@ def test_dropout_drops_the_same_of_each_sample_on_any_number_of_ranks_and_goes_o
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_a_step_with_dropout_is_numpys_with_the_masks_of_philox(rate: float) -> None:
+    data, samples, step = split(12), np.arange(12), 5
+    net = nn.HybridSequential()
+    net.add(nn.Dropout(rate), nn.Dense(10))
+    trained = learner(net, run={"seed": 7})
+    trained.load_state_dict({"steps": step, "skipped": 0})
+    weight, bias = (value.astype(np.float64) for value in parameters(trained))
+
+    raw = np.random.Philox(key=[7, step << 16]).random_raw(12 * 784).reshape(12, 784)  # of the first Dropout
+    keep = raw / 2.0**64 >= rate
+    assert abs(keep.mean() - (1 - rate)) < 0.03
+    inputs = pixels(data) * keep / (1 - rate)
+    error = (np.exp(log_softmax(inputs @ weight.T + bias)) - np.eye(10)[data.labels]) / 12
+    take_step(trained, data, [samples], 0.25)
+    np.testing.assert_allclose(parameters(trained)[0], weight - 0.25 * error.T @ inputs, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(parameters(trained)[1], bias - 0.25 * error.sum(axis=0), rtol=1e-12, atol=1e-15)
+
+
 def test_dropout_drops_others_at_the_next_step_and_with_another_seed() -> None:
     data, samples = split(23), np.arange(23)
 
