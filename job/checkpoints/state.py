@@ -111,10 +111,14 @@ class Optimizer:
         _fill(self._arrays(), {name: value for name, value in state.items() if isinstance(value, np.ndarray)})
 
     def _arrays(self) -> dict[str, mx.nd.NDArray]:
-        """MXNet keeps, for each parameter, nothing, an array, or a tuple of such."""
+        """MXNet keeps, for each parameter, nothing, an array, or a tuple of such.
+
+        In the order of places: the trainer's own order is that of Gluon's names, in which batchnorm10 is before 9.
+        """
+        states = sorted(self._trainer._updaters[0].states.items(), key=lambda item: self._names[item[0]])
         return {
             f"{self._names[index]}.{place}": array
-            for index, state in self._trainer._updaters[0].states.items()
+            for index, state in states
             for place, array in enumerate(state if isinstance(state, (tuple, list)) else (state,))
             if array is not None
         }

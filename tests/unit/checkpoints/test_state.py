@@ -92,6 +92,15 @@ def test_another_learner_goes_on_bit_for_bit(optimizer: dict[str, Any], steps: i
         np.testing.assert_array_equal(theirs[0][name], array, err_msg=name)
 
 
+def test_the_order_of_the_arrays_does_not_depend_on_how_many_networks_there_were_before() -> None:
+    orders = set()
+    for _ in range(6):  # the numbers in Gluon's names grow, and pass from 9 to 10 if no test has been before
+        state = build(dense_batch_norm=True, momentum=0.9)
+        take(state, 1)
+        orders.add(tuple(state.state_dict()[0]))
+    assert len(orders) == 1
+
+
 def test_the_running_statistics_are_part_of_it() -> None:
     arrays, _ = build().state_dict()
     assert {"network/1.running_mean", "network/1.running_var", "network/0.weight"} <= set(arrays)

@@ -491,7 +491,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(values: DataConfig, file_size_limit: int = 0) -> subprocess.Popen[str]:
         argument = json.dumps([str(tmp_path / "package"), file_size_limit, values.model_dump(mode="json")])
         command = [sys.executable, "-c", LOADER, argument]
-        root = Path(idx.__file__).parents[3]
+        root = Path(idx.__file__).parents[2]
         process = subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         started.append(process)
         return process

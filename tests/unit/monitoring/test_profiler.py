@@ -223,7 +223,7 @@ def run(script: list[str], folder: Path, *overrides: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def slow_feed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A run of 6 steps in two micro-batches, whose two shards are each made in an eighth of a second.
+    """A run of 6 steps in two micro-batches, each of which takes an eighth of a second to bring in.
 
     Steps 3 to 5 are profiled.
     """
@@ -239,7 +239,7 @@ def table(printed: str) -> dict[str, tuple[float, float]]:
 
 def test_an_input_that_is_slow_shows_as_input(slow_feed: tuple[Path, str, str]) -> None:
     rows = table(slow_feed[1])
-    assert rows["input"][0] >= 500  # milliseconds a step, of two shards of two micro-batches
+    assert rows["input"][0] >= 250  # milliseconds a step, of two micro-batches
     assert rows["compute"][0] > 0 and rows["wait"][0] == rows["allreduce"][0] == 0
 
 
@@ -263,7 +263,7 @@ def test_the_trace_holds_the_steps_and_their_batches_and_lies_within_the_whole(
     assert named.count("sync_batch_norm::pure_python") == named.count("_backward_sync_batch_norm::pure_python") == 12
     extent = max(e["ts"] + e["dur"] for e in slices) - min(e["ts"] for e in slices)
     assert extent / 3 / 1000 <= table(slow_feed[1])["whole"][0] + 0.01
-    assert sum(e["dur"] for e in slices if e["name"] == "input") >= 12 * 0.125e6
+    assert sum(e["dur"] for e in slices if e["name"] == "input") >= 6 * 0.125e6
 
 
 def test_ten_lines_say_where_time_went_and_where_the_files_are(slow_feed: tuple[Path, str, str]) -> None:
