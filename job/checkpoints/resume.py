@@ -56,8 +56,17 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.run.resume != "never" and (found := _find(config, warn=lambda message: None)):
         now = identity(config, ranks, config.data.sha256.model_dump())
+        of = json.loads(found.state)["config"]
         known = {key: value for key, value in now.items() if value != "any" and key != "data.shards"}
-        require_same_run(found, {**json.loads(found.state)["config"], **known})
+        if not _batch_may_limit(config, ranks, of["data.shards"]):
+            known["data.shards"] = max(config.data.shards, ranks)
+        require_same_run(found, {**of, **known})
+
+
+def _batch_may_limit(config: Config, ranks: int, there: int) -> bool:
+    """Whether a run with ``there`` shards may be what this one comes to, because its smallest batch holds no more."""
+    half = config.data.global_batch_of(ranks) // config.train.accumulate_steps // 2  # the last batch is no smaller
+    return there >= half and max(config.data.shards, ranks) > there
 
 
 class Checkpoints:

@@ -200,7 +200,8 @@ class Learner:
         feeds = self._fed(split, shards)
         with autograd.record():
             outcomes = self._network(feeds)
-        share = mx.nd.full((1,), 1 / global_batch, self.feed.ctx, self.feed.dtype)
+        first = outcomes[0][0]
+        share = mx.nd.full((1,), 1 / global_batch, first.context, first.dtype)
         autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
         return outcomes
 
@@ -213,7 +214,7 @@ class Learner:
             shapes = self._network.mask_shapes(data=feed["data"].shape, label=feed["label"].shape)
             for layer, (dropout, shape) in enumerate(zip(self._network.graph.dropouts, shapes)):
                 mask = dropout_mask(dropout, shape, shard.first, self._seed, self.steps, layer)
-                feed[dropout.mask] = mx.nd.array(mask, images.context, self.feed.dtype)
+                feed[dropout.mask] = mx.nd.array(mask, images.context, images.dtype)
         return feeds
 
     def _lay_out(self, shards: int) -> ExactSum:
