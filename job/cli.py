@@ -92,11 +92,15 @@ def settle_shards(config: Config, ranks: int, smallest_batch: int, tell: bool) -
 
     If it is not the one that was asked for, and ``tell``, it is said, and written to the run's ``config.yaml``.
     """
-    asked = config.data.shards
-    shards = min(max(asked, ranks), smallest_batch // config.train.accumulate_steps)
+    asked, micros = config.data.shards, config.train.accumulate_steps
+    shards = min(max(asked, ranks), smallest_batch // micros)
     config = config.model_copy(update={"data": config.data.model_copy(update={"shards": shards})})
     if tell and shards != asked:
-        why = f"{ranks} ranks need as many" if shards > asked else f"the smallest batch is of {shards} samples"
+        why = (
+            f"{ranks} ranks need as many"
+            if shards > asked
+            else f"the smallest {'micro-' * (micros > 1)}batch is of {shards} samples"
+        )
         print(f"data.shards={shards}, not {asked}: {why}", flush=True)
         run_dir.write_whole(config.run.dir / run_dir.CONFIG, config.to_yaml())
     return config

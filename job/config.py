@@ -152,9 +152,7 @@ class DataConfig(Section):
         description="folder for fetched data, shared by all runs",
     )
     global_batch: Optional[int] = Field(256, ge=1, description="samples in one step, over all ranks")
-    shards: int = Field(
-        8, ge=1, description="parts that a global batch is computed in; at least the ranks, at most the smallest batch"
-    )
+    shards: int = Field(8, ge=1, description="parts that a global batch is computed in; at least as many as ranks")
     batch_per_rank: Optional[int] = Field(None, ge=1, description="samples in one step on each rank, instead")
     test_batch_per_rank: int = Field(500, ge=1, description="most test samples in one forward pass")
     mirrors: List[str] = Field(  # noqa: UP006

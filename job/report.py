@@ -44,7 +44,7 @@ def page(runs: Sequence[History]) -> str:
         notes="\n".join(f'<p class="note">{escape(note)}</p>' for run in runs for note in run.notes),
         curves=_curves(runs),
         runs_title="The run" if len(runs) == 1 else f"The {len(runs)} runs",
-        runs=_table(COLUMNS, [_row(run, place) for place, run in enumerate(runs)], "runs"),
+        runs=_table(COLUMNS, [_row(run, place) for place, run in enumerate(runs)], "runs") + _weights(runs),
         configuration=_configuration(runs),
         ranks=_ranks(runs),
         confusion=_confusions(runs),
@@ -110,6 +110,21 @@ def _row(run: History, place: int) -> list[str]:
         _duration(run.summary.get("train_seconds")),
         _figure(speed, ",.0f"),
     ]
+
+
+def _weights(runs: Sequence[History]) -> str:
+    """Which of the complete runs ended with the same weights; nothing if there are no two to compare."""
+    groups: dict[str, list[str]] = {}
+    for place, run in enumerate(runs):
+        if digest := run.summary.get("weights_sha256"):
+            groups.setdefault(str(digest), []).append(_name(run, place))
+    if sum(map(len, groups.values())) < 2:
+        return ""
+    return "".join(
+        f"<p>{'Same weights, to the last bit' if len(names) > 1 else 'Other weights'}: {', '.join(names)}"
+        f" (SHA-256 {escape(digest[:12])}).</p>"
+        for digest, names in sorted(groups.items(), key=lambda group: -len(group[1]))
+    )
 
 
 def _configuration(runs: Sequence[History]) -> str:

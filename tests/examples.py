@@ -49,4 +49,6 @@ SUMMARY: dict[str, Any] = {
     "images_per_second": 21000.4,
     "train_seconds": 92.4,
     "ranks": 2,
+    "shards": 8,
+    "weights_sha256": "0123456789abcdef" * 4,
 }

@@ -48,7 +48,7 @@ class RunState:
         }
 
     def state_dict(self) -> tuple[Arrays, dict[str, Any]]:
-        """The arrays as ``part/name``, and the rest as ``{part: {name: value}}``. Waits for the last step."""
+        """The arrays as ``part/name``, and the rest as ``{part: {name: value}}``."""
         arrays: Arrays = {}
         values: dict[str, Any] = {}
         for part, stateful in self.parts.items():
@@ -123,8 +123,8 @@ class Optimizer:
 class Generators:
     """The random generators of Python and numpy, and MXNet's, whose state cannot be read.
 
-    It is seeded anew from the seed and the step wherever a run goes on. Nothing in training draws from it; a network
-    that does, by Dropout say, goes on with other draws than the run never stopped.
+    It is seeded anew from the seed and the step wherever a run goes on. Nothing in training draws from it: the masks of
+    Dropout follow from the seed, the step and the sample's place in the batch.
     """
 
     def __init__(self, seed: int, learner: Learner) -> None:

@@ -152,7 +152,9 @@ def threads(setting: str | None, ranks: int, available: int) -> Check:
     share = max(1, available // ranks)
     remedy = f"unset it, and each rank takes {share}, its share of the cores"
     if setting is None:
-        return Check("threads", "ok", f"OMP_NUM_THREADS is not set: each rank takes {_count(share, 'thread')}")
+        return Check(
+            "threads", "ok", f"OMP_NUM_THREADS is not set: each rank takes {_count(share, 'thread')}, one an operator"
+        )
     if not re.fullmatch(r"[1-9]\d{0,5}", setting):
         return Check("threads", "warn", f"OMP_NUM_THREADS={setting} is not a number of threads", remedy)
     message = f"OMP_NUM_THREADS={setting} for {_count(ranks, 'rank')} on {_count(available, 'core')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
+from mxnet.gluon import nn
 from PIL import Image
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboardX import SummaryWriter
@@ -27,7 +29,8 @@ from job.networks.models import IMAGE_SHAPE
 from job.training.evaluation import Mistake
 from job.training.learner import Learner
 
-PROJECTED = 500  # test images whose features the projector shows
+# Test images whose features the projector shows. A square number: tensorboardX leaves the rest of its sprite to chance.
+PROJECTED = 484
 BINS = 64  # of a histogram
 
 _GROUPS = {
@@ -105,7 +108,9 @@ class TensorBoard(Writer):
 
     def finish(self, summary: Record) -> None:
         if self._subject:
-            self._project(self._subject, summary["steps"])
+            if not (self._folder / f"{summary['steps']:05d}").exists():  # of a run that was complete before
+                self._writer.add_text("weights", f"SHA-256 {summary['weights_sha256']}", summary["steps"])
+                self._project(self._subject, summary["steps"])
             done = api_pb2.Status.Value("STATUS_SUCCESS")
             self._add_hparams(session_end_info=plugin_data_pb2.SessionEndInfo(status=done, end_time_secs=time.time()))
 
@@ -145,9 +150,10 @@ class TensorBoard(Writer):
 
     def _project(self, subject: Subject, step: int) -> None:
         """The features that the last layer decides by. Rank 0 computes them alone: inference never communicates."""
-        if (self._folder / f"{step:05d}").exists():  # a run that was complete before
+        if not isinstance(subject.learner.net, nn.HybridSequential):  # which layer is the last, is not known
             return
-        learner, shown = subject.learner, slice(0, PROJECTED)
+        learner, side = subject.learner, math.isqrt(min(PROJECTED, len(subject.test.labels)))
+        shown = slice(0, side**2)
         images, _ = learner.feed(subject.test, shown)
         features = learner.net[:-1](images).asnumpy().astype(np.float64).round(4)  # written as text
         names = [CLASS_NAMES[label] for label in subject.test.labels[shown]]

@@ -44,8 +44,8 @@ def initialize(net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32"
     """Draw the weights from Normal(0, 0.01), the tutorial's choice."""
     net.cast(dtype)
     net.initialize(init.Normal(sigma=0.01), ctx=ctx)
+    net.hybridize(static_alloc=True, static_shape=True)  # first: SyncBatchNorm refuses to be traced for another plan
     # The shapes that Gluon defers are worked out, not tried: inference on a CPU reorders weights where they lie.
     net.infer_shape(mx.nd.zeros((1, *IMAGE_SHAPE), ctx=ctx, dtype=dtype))
     for parameter in net.collect_params().values():
         parameter._finish_deferred_init()
-    net.hybridize(static_alloc=True, static_shape=True)

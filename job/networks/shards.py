@@ -30,9 +30,10 @@ _OPAQUE = {"Custom", "_CustomFunction", "_foreach", "_while_loop", "_cond", "_Ca
 
 
 class Dropout(NamedTuple):
-    """A Dropout of the network, whose mask is an input of the graph: ``mask``, and ``mask@K`` of shard K."""
+    """A Dropout of the network, whose mask is an input of the graph: ``mask@K`` of shard K."""
 
     mask: str
+    source: tuple[str, int]  # what shard 0's is multiplied with: an operator, and which of its outputs
     rate: float
     axes: tuple[int, ...]  # along which one draw serves all
 
@@ -124,7 +125,7 @@ class _Writer:
             raise UsageError(f"{node['name']}: output_mean_var=True has no meaning for statistics of several shards")
         data, gamma, beta, running_mean, running_var = node["inputs"]
         own = [self._entry(source, k) for source in (data, gamma, beta) for k in range(self._count)]
-        key = f"batch_norm.{len(self._norms)}"
+        key = str(len(self._norms))
         options = {name: attributes[name] for name in _OPTIONS}
         custom = {"op_type": "sync_batch_norm", "group": self._group.key, "layer": key, "shards": str(self._count)}
         place = self._add(
@@ -147,7 +148,9 @@ class _Writer:
             variable = self._add({"op": "null", "name": shard(mask, k)})
             product = {"op": "broadcast_mul", "name": shard(node["name"], k)}
             self._places[index, k] = (self._add(product, [*self._inputs(node, k), [variable, 0, 0]]), 0)
-        self._dropouts.append(Dropout(mask, float(attributes.get("p", "0.5")), axes))
+        place, output, _ = self._entry(node["inputs"][0], 0)
+        source = (self._written[place]["name"], output)
+        self._dropouts.append(Dropout(mask, source, float(attributes.get("p", "0.5")), axes))
 
 
 def _refuse(node: dict[str, Any]) -> None:
@@ -205,22 +208,17 @@ class ShardedNetwork:
         return self._mask_shapes.get(key, [])
 
     def _infer_masks(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-        given = {shard(name, k): shape for name, shape in shapes.items() for k in range(self.count)}
+        """One after the other, since what a Dropout reads may come of another one: as if all shards were alike."""
+        known = {shard(name, k): shape for name, shape in shapes.items() for k in range(self.count)}
         internals = self.graph.symbol.get_internals()
-        nodes = json.loads(self.graph.symbol.tojson())["nodes"]
+        outputs = set(internals.list_outputs())
         found = []
         for dropout in self.graph.dropouts:
-            user = next(
-                node for node in nodes if node["op"] == "broadcast_mul"
-                and nodes[node["inputs"][1][0]]["name"] == shard(dropout.mask, 0)
-            )  # fmt: skip
-            source, output, _ = user["inputs"][0]
-            name = nodes[source]["name"]
-            outputs = [entry for entry in internals.list_outputs() if entry.startswith(f"{name}_output")] or [name]
-            _, [shape], _ = internals[outputs[output]].infer_shape_partial(
-                **{key: value for key, value in given.items() if key in internals[outputs[output]].list_inputs()}
-            )
+            name, output = dropout.source
+            source = internals[next(n for n in (name, f"{name}_output", f"{name}_output{output}") if n in outputs)]
+            _, (shape,), _ = source.infer_shape(**{name: known[name] for name in source.list_inputs() if name in known})
             found.append(tuple(1 if axis in dropout.axes else length for axis, length in enumerate(shape)))
+            known.update({shard(dropout.mask, k): found[-1] for k in range(self.count)})
         return found
 
     def _compile(self, fed: set[str]) -> mx.nd.CachedOp:

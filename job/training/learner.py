@@ -284,6 +284,7 @@ class Learner:
 
     def _undo(self, statistics: list[mx.nd.NDArray]) -> None:
         """Leave no trace of a step but its number: no update, no running statistics, no loss in the metrics."""
+        self._gradient_norm = math.nan
         for array, value in zip(self._statistics, statistics):
             array[:] = value
         self._change = None

@@ -330,4 +330,4 @@ def test_a_training_forward_on_some_ranks_only_ends_within_the_bound_and_says_wh
         [*launcher(2), "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90
     )
     assert done.returncode != 0
-    assert "waiting for the other ranks in 'sync_batch_norm.0.forward'" in done.stdout + done.stderr
+    assert "waiting for the other ranks in 'batch_norm.0.0.forward'" in done.stdout + done.stderr

@@ -38,22 +38,27 @@ def weights_of(net: gluon.Block) -> Weights:
     return [parameter.data().asnumpy() for parameter in net.collect_params().values()]
 
 
-def one_process(overrides: list[str], steps: int) -> tuple[Losses, Weights]:
-    """The oracle: a plain Gluon loop over whole global batches, with MXNet's BatchNorm; nothing in it is ours."""
+def one_process(overrides: list[str], steps: int, dtype: str | None = None) -> tuple[Losses, Weights]:
+    """The oracle: a plain Gluon loop over whole global batches, with MXNet's BatchNorm; nothing in it is ours.
+
+    With ``dtype`` it computes in that type, from the weights that are drawn in the configured one.
+    """
     config = load_config(overrides=overrides)
     train_set = idx.load(config.data).train
     samples, batch = len(train_set.labels), config.data.global_batch
     seed_everything(config.run.seed)
     net = models.build(config.model)
     models.initialize(net, mx.cpu(), config.model.dtype)
+    dtype = dtype or config.model.dtype
+    net.cast(dtype)
     trainer = gluon.Trainer(net.collect_params(), "sgd", {"learning_rate": config.optimizer.learning_rate})
     loss_of = gluon.loss.SoftmaxCrossEntropyLoss()
     order = np.argsort(np.random.Philox(key=[config.run.seed, 0]).random_raw(samples), kind="stable")
     batches = np.array_split(order, -(-samples // batch))
     losses = []
     for chosen in batches[:steps]:
-        images = mx.nd.array(train_set.images[chosen][:, None] / 255.0, dtype=config.model.dtype)
-        labels = mx.nd.array(train_set.labels[chosen], dtype=config.model.dtype)
+        images = mx.nd.array(train_set.images[chosen][:, None] / 255.0, dtype=dtype)
+        labels = mx.nd.array(train_set.labels[chosen], dtype=dtype)
         with autograd.record():
             loss = loss_of(net(images), labels).mean()
         loss.backward()

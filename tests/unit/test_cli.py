@@ -143,6 +143,57 @@ def test_micro_batches_need_a_sample_for_each_rank_too(monkeypatch: pytest.Monke
         cli.parse(["data.global_batch=5", "train.accumulate_steps=2"])
 
 
+def settled(*overrides: str, ranks: int, smallest: int, tell: bool = True) -> Config:
+    config = load_config(None, ["run.dir=run", *overrides])
+    config.run.dir.mkdir(exist_ok=True)
+    return cli.settle_shards(config, ranks, smallest, tell)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "smallest", "micros", "shards"),
+    [
+        (8, 1, 255, 1, 8),
+        (8, 8, 255, 1, 8),
+        (8, 9, 255, 1, 9),  # a shard for each rank
+        (8, 16, 255, 1, 16),
+        (8, 2, 5, 1, 5),  # a sample for each shard
+        (8, 2, 13, 2, 6),  # in the smallest micro-batch
+        (1, 3, 3, 1, 3),
+        (300, 2, 255, 1, 255),
+    ],
+)
+def test_shards_are_at_least_the_ranks_and_at_most_the_samples_of_the_smallest_batch(
+    asked: int, ranks: int, smallest: int, micros: int, shards: int
+) -> None:
+    overrides = [f"data.shards={asked}", f"train.accumulate_steps={micros}", "train.epochs=9"]
+    config = settled(*overrides, ranks=ranks, smallest=smallest)
+    assert config == load_config(None, ["run.dir=run", *overrides, f"data.shards={shards}"])  # and nothing else is new
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "smallest", "said"),
+    [
+        ([], 16, 255, "data.shards=16, not 8: 16 ranks need as many"),
+        ([], 2, 5, "data.shards=5, not 8: the smallest batch is of 5 samples"),
+        (["train.accumulate_steps=2"], 2, 13, "data.shards=6, not 8: the smallest micro-batch is of 6 samples"),
+    ],
+)
+def test_other_shards_than_asked_for_are_said_once_and_written_to_the_runs_configuration(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], ranks: int, smallest: int, said: str
+) -> None:
+    config = settled(*overrides, ranks=ranks, smallest=smallest)
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert Config.model_validate(yaml.safe_load(Path("run/config.yaml").read_text())) == config
+    assert settled(*overrides, ranks=ranks, smallest=smallest, tell=False) == config  # as the other ranks
+    assert capsys.readouterr().out == ""
+
+
+def test_shards_as_asked_for_are_not_worth_a_word_or_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    settled(ranks=4, smallest=255)
+    assert capsys.readouterr() == ("", "")
+    assert list(Path("run").iterdir()) == []
+
+
 def test_a_batch_per_rank_is_always_enough_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     on_ranks(monkeypatch, 64)
     assert cli.parse(["data.batch_per_rank=1", "data.global_batch=null"]).data.global_batch_of(64) == 64

@@ -130,6 +130,38 @@ def test_the_table_holds_what_each_run_came_to(parsed: Page) -> None:
     assert ["<b>&amp;", "not complete", "3", "1", "0.7500", "0.7500after 1 step", "0.2500", "-", "1,000"] in parsed.rows
 
 
+def complete(folder: Path, digest: str) -> Path:
+    return run(folder, [train(1), evaluation(1, 0.5)], summary={"weights_sha256": digest} if digest else {"steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("digests", "said"),
+    [
+        (["a", "a"], ["Same weights, to the last bit: run0, run1 (SHA-256 aaaaaaaaaaaa)."]),
+        (["a", "b"], ["Other weights: run0 (SHA-256 aaaaaaaaaaaa).", "Other weights: run1 (SHA-256 bbbbbbbbbbbb)."]),
+        (
+            ["b", "a", "", "a"],
+            ["Same weights, to the last bit: run1, run3 (SHA-256 aaaaaaaaaaaa).",
+             "Other weights: run0 (SHA-256 bbbbbbbbbbbb)."],
+        ),
+        (["a"], []),
+        (["a", ""], []),
+        (["", ""], []),
+    ],
+    ids=["the same", "other", "both, and one from before", "alone", "nothing to compare", "none known"],
+)  # fmt: skip
+def test_complete_runs_are_said_to_have_ended_with_the_same_weights_or_others(
+    tmp_path: Path, digests: list[str], said: list[str]
+) -> None:
+    folders = [complete(tmp_path / f"run{place}", digest * 64) for place, digest in enumerate(digests)]
+    words = Page(page(read_runs(folders))).text
+    assert re.findall(r"(?:Same|Other) weights[^.]*\.", words) == said
+
+
+def test_a_run_without_a_summary_says_nothing_of_its_weights(parsed: Page) -> None:
+    assert "weights" not in parsed.text
+
+
 def test_only_keys_in_which_runs_differ_are_compared(parsed: Page) -> None:
     assert ["optimizer.learning_rate", "0.2", "0.1"] in parsed.rows
     assert not [row for row in parsed.rows if row[0] in ("run.dir", "optimizer.name")]

@@ -25,6 +25,7 @@ FREE = {
 BOUND = {
     "run.seed=1": "run.seed", "train.accumulate_steps=2": "train.accumulate_steps",
     "train.clip_gradient_norm=1": "train.clip_gradient_norm", "data.global_batch=128": "data.global_batch",
+    "data.shards=4": "data.shards",
     "model.dtype=float64": "model.dtype", "model.dense_batch_norm=true": "model.dense_batch_norm",
     "model.sync_batch_norm=false": "model.sync_batch_norm", "optimizer.momentum=0.9": "optimizer.momentum",
     "schedule.name=cosine": "schedule.name",
@@ -90,6 +91,16 @@ def test_another_run_is_refused_before_anything_starts_though_the_data_is_not_kn
     resume.check(config(tmp_path, "run.seed=1"), 2)  # which does not go on with it
     with pytest.raises(UsageError, match=r"after step 7 is of another run.*\n  run\.seed: 0 there, 1 now\n"):
         resume.check(config(tmp_path, "run.resume=auto", "run.seed=1"), 2)
+
+
+def test_shards_are_compared_once_they_are_settled_which_takes_the_data(tmp_path: Path) -> None:
+    write(tmp_path)
+    other = config(tmp_path, "run.resume=auto", "data.shards=4")
+    resume.check(other, 2)  # may come to 8 yet, as 4 do on 8 ranks
+    found = Store(tmp_path / "checkpoints", 5).newest(print)
+    assert found is not None
+    with pytest.raises(UsageError, match=r"\n  data\.shards: 8 there, 4 now\n"):
+        resume.require_same_run(found, of("data.shards=4"))
 
 
 def test_a_named_checkpoint_must_be_one(tmp_path: Path) -> None:

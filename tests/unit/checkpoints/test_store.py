@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +20,17 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from job.checkpoints.store import BackgroundWriter, Damaged, Store, decode_arrays, encode_arrays, read
+from job.checkpoints import store as store_module
+from job.checkpoints.store import (
+    FORMAT,
+    BackgroundWriter,
+    Damaged,
+    Store,
+    decode_arrays,
+    encode_arrays,
+    read,
+    weights_sha256,
+)
 from job.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,15 +153,79 @@ def test_if_all_are_damaged_it_is_an_error_and_nothing_is_removed(tmp_path: Path
     assert len(names(store)) == 3
 
 
+def written_as(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """Write a checkpoint as a program of another format does."""
+    monkeypatch.setattr(store_module, "FORMAT", number)
+    Store(folder, 5).write(step, ARRAYS, VALUES)
+    monkeypatch.undo()
+
+
 @pytest.mark.fault(10)
 def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, steps=1)
-    monkeypatch.setattr("job.checkpoints.store.FORMAT", 2)
-    store = Store(tmp_path, 5)
-    store.write(2, ARRAYS, VALUES)
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"step-00000002: is of format 2, this program knows formats up to 1"):
+    store = fill(tmp_path, steps=1)
+    written_as(tmp_path, monkeypatch, FORMAT + 1, step=2)
+    with pytest.raises(CheckpointError, match=r"step-00000002: is of format 3, this program knows formats up to 2"):
         store.newest(no_warning)
+
+
+@pytest.mark.fault(10)
+def test_the_format_of_runs_without_shards_is_refused_and_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path, steps=1)
+    written_as(tmp_path, monkeypatch, 1, step=2)
+    with pytest.raises(CheckpointError, match=r"step-00000002: was written by an earlier version.*another run\.dir"):
+        store.newest(no_warning)
+    assert names(store) == ["step-00000001", "step-00000002"]  # for whoever has that version
+
+
+WEIGHTS = {
+    "4.weight": np.arange(6, dtype=np.float32).reshape(3, 2),
+    "10.gamma": np.array([-0.0, 1.5]),
+    "3.running_var": np.array([7.0], np.float32),
+}
+
+
+def by_hand(weights: dict[str, np.ndarray]) -> str:
+    """The definition, spelled out: a line for each array in the order of names, and its numbers."""
+    content = b"10.gamma float64 2\n" + struct.pack("<2d", *weights["10.gamma"])
+    content += b"3.running_var float32 1\n" + struct.pack("<f", *weights["3.running_var"])
+    content += b"4.weight float32 3x2\n" + struct.pack("<6f", *weights["4.weight"].ravel())
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_hash_of_weights_is_that_of_its_documented_definition() -> None:
+    assert weights_sha256(WEIGHTS) == by_hand(WEIGHTS)
+    assert weights_sha256({}) == hashlib.sha256().hexdigest()
+
+
+def test_the_hash_of_weights_is_of_numbers_whatever_their_order_in_memory() -> None:
+    swapped = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in reversed(WEIGHTS.items())}
+    columns = {name: np.asfortranarray(array) for name, array in WEIGHTS.items()}
+    assert weights_sha256(swapped) == weights_sha256(columns) == weights_sha256(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"10.gamma": np.array([0.0, 1.5])},  # not -0
+        {"10.gamma": np.array([-0.0, np.nextafter(1.5, 2)])},
+        {"10.gamma": np.array([-0.0, 1.5], np.float32)},
+        {"4.weight": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        {"4.beta": np.zeros(1)},
+    ],
+    ids=["a sign", "the last bit", "the type", "the shape", "one more"],
+)
+def test_the_hash_of_weights_is_another_for_any_other_bit_shape_or_type(change: dict[str, np.ndarray]) -> None:
+    assert weights_sha256({**WEIGHTS, **change}) != weights_sha256(WEIGHTS)
+
+
+def test_a_manifest_holds_the_hash_of_the_weights_and_of_nothing_else(tmp_path: Path) -> None:
+    arrays = {f"network/{name}": array for name, array in WEIGHTS.items()}
+    for step in (1, 2):  # with another optimizer, but the same weights
+        Store(tmp_path, 5).write(step, {**arrays, "optimizer/4.weight.0": np.full(3, step)}, {"step": step})
+        manifest = json.loads((tmp_path / f"step-{step:08d}" / "manifest.json").read_text())
+        assert manifest["weights_sha256"] == by_hand(WEIGHTS)
 
 
 class Bomb:
@@ -176,7 +252,7 @@ def test_a_pickle_offered_as_a_checkpoint_is_never_executed(tmp_path: Path, name
     (folder / name).write_bytes(bomb)
     if signed and name != "manifest.json":
         files = {file: (folder / file).read_bytes() for file in ("arrays.params", "state.json")}
-        (folder / "manifest.json").write_bytes(store._manifest(1, None, files))
+        (folder / "manifest.json").write_bytes(store_module._manifest(1, None, files, ""))
     with pytest.raises((CheckpointError, mx.MXNetError, ValueError)):
         found = store.newest(lambda message: None)
         assert found is not None
@@ -329,7 +405,7 @@ def test_a_call_that_fails_leaves_the_last_good_checkpoint(
         raise OSError(ERRORS[call], os.strerror(ERRORS[call]))
 
     store = fill(tmp_path, steps=1)
-    monkeypatch.setattr(store.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(ERRORS[call])):
         store.write(2, ARRAYS, VALUES)
     monkeypatch.undo()

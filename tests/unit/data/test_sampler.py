@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.sampler import Sampler, Span, permutation
+from job.data.sampler import Sampler, Span, own_shards, permutation
 
 RANKS = st.integers(1, 17)
 MICROS = st.integers(1, 5)
@@ -15,11 +15,18 @@ SAMPLES = st.integers(1, 400)
 BATCHES = st.integers(1, 450)
 SEEDS = st.integers(0, 2**31 - 1)
 EPOCHS = st.integers(0, 1000)
+SHARDS = st.integers(1, 40)
 
 
-def global_batch(sampler: Sampler, epoch: int, step: int, size: int, micros: int) -> np.ndarray:
-    shares = [sampler.share(epoch, step, rank, size, micro, micros) for micro in range(micros) for rank in range(size)]
-    return np.concatenate(shares)
+def global_batch(sampler: Sampler, epoch: int, step: int, size: int, micros: int, shards: int = 17) -> np.ndarray:
+    """The samples that all ranks together see, in the order of micro-batches and ranks."""
+    seen = [
+        shard.samples
+        for micro in range(micros)
+        for rank in range(size)
+        for shard in sampler.shards(epoch, step, own_shards(rank, size, shards), shards, micro, micros)
+    ]
+    return np.concatenate(seen)
 
 
 def philox(seed: int, epoch: int, count: int) -> list[int]:
@@ -37,42 +44,86 @@ def philox(seed: int, epoch: int, count: int) -> list[int]:
 
 
 @settings(deadline=None)
-@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS, epoch=EPOCHS, seed=SEEDS)
+@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS, shards=SHARDS, epoch=EPOCHS, seed=SEEDS)
 def test_every_sample_is_seen_exactly_once_in_an_epoch(
-    samples: int, batch: int, size: int, micros: int, epoch: int, seed: int
+    samples: int, batch: int, size: int, micros: int, shards: int, epoch: int, seed: int
 ) -> None:
     sampler = Sampler(samples, batch, seed)
-    seen = [global_batch(sampler, epoch, step, size, micros) for step in range(sampler.steps_per_epoch)]
+    seen = [global_batch(sampler, epoch, step, size, micros, shards) for step in range(sampler.steps_per_epoch)]
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(samples))
 
 
 @settings(deadline=None)
-@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS, epoch=EPOCHS, seed=SEEDS)
-def test_shares_are_those_of_numpys_array_split_at_every_level(
-    samples: int, batch: int, size: int, micros: int, epoch: int, seed: int
+@given(samples=SAMPLES, batch=BATCHES, shards=SHARDS, micros=MICROS, epoch=EPOCHS, seed=SEEDS)
+def test_shards_are_those_of_numpys_array_split_at_every_level(
+    samples: int, batch: int, shards: int, micros: int, epoch: int, seed: int
 ) -> None:
     sampler = Sampler(samples, batch, seed)
     batches = np.array_split(permutation(samples, seed, epoch), -(-samples // batch))
     assert sampler.steps_per_epoch == len(batches)
     for step, expected in enumerate(batches):
         for micro, part in enumerate(np.array_split(expected, micros)):
-            for rank, share in enumerate(np.array_split(part, size)):
-                np.testing.assert_array_equal(sampler.share(epoch, step, rank, size, micro, micros), share)
+            cut = sampler.shards(epoch, step, range(shards), shards, micro, micros)
+            assert len(cut) == shards
+            for shard, samples_of_it in zip(cut, np.array_split(part, shards)):
+                np.testing.assert_array_equal(shard.samples, samples_of_it)
+                assert shard.samples.dtype == np.int64
 
 
 @settings(deadline=None)
-@given(samples=SAMPLES, batch=BATCHES, size=RANKS, micros=MICROS)
-def test_sizes_differ_by_at_most_one_at_every_level(samples: int, batch: int, size: int, micros: int) -> None:
+@given(samples=SAMPLES, batch=BATCHES, shards=SHARDS, micros=MICROS, seed=SEEDS, data=st.data())
+def test_a_shard_knows_its_place_in_the_global_batch(
+    samples: int, batch: int, shards: int, micros: int, seed: int, data: st.DataObject
+) -> None:
+    sampler = Sampler(samples, batch, seed)
+    step = data.draw(st.integers(0, sampler.steps_per_epoch - 1))
+    whole = global_batch(sampler, 0, step, 1, 1)
+    for micro in range(micros):
+        for shard in sampler.shards(0, step, range(shards), shards, micro, micros):
+            np.testing.assert_array_equal(whole[shard.first : shard.first + len(shard.samples)], shard.samples)
+
+
+@given(size=RANKS, shards=SHARDS)
+def test_every_shard_has_exactly_one_rank_and_ranks_differ_by_at_most_one_shard(size: int, shards: int) -> None:
+    owned = [own_shards(rank, size, shards) for rank in range(size)]
+    assert [number for own in owned for number in own] == list(range(shards))  # in the order of ranks: contiguous
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    if shards >= size:
+        assert all(owned)
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, size=RANKS, shards=SHARDS, micros=MICROS, seed=SEEDS, data=st.data())
+def test_a_shard_holds_the_same_samples_whoever_computes_it(
+    samples: int, batch: int, size: int, shards: int, micros: int, seed: int, data: st.DataObject
+) -> None:
+    lone, one_of_many = Sampler(samples, batch, seed), Sampler(samples, batch, seed)
+    step = data.draw(st.integers(0, lone.steps_per_epoch - 1))
+    for micro in range(micros):
+        expected = lone.shards(2, step, range(shards), shards, micro, micros)
+        for rank in range(size):
+            own = own_shards(rank, size, shards)
+            cut = one_of_many.shards(2, step, own, shards, micro, micros)
+            assert [shard.first for shard in cut] == [expected[number].first for number in own]
+            for shard, number in zip(cut, own):
+                np.testing.assert_array_equal(shard.samples, expected[number].samples)
+
+
+@settings(deadline=None)
+@given(samples=SAMPLES, batch=BATCHES, shards=SHARDS, micros=MICROS)
+def test_sizes_differ_by_at_most_one_at_every_level(samples: int, batch: int, shards: int, micros: int) -> None:
     sampler = Sampler(samples, batch, seed=0)
     batches = [sampler.batch(step) for step in range(sampler.steps_per_epoch)]
     lengths = [len(span) for span in batches]
     assert max(lengths) <= batch
     assert max(lengths) - min(lengths) <= 1
     assert min(lengths) == sampler.smallest_batch
-    for span in batches:
+    for step, span in enumerate(batches):
         parts = [span.part(micro, micros) for micro in range(micros)]
-        for level in (parts, [parts[0].part(rank, size) for rank in range(size)]):
-            assert max(map(len, level)) - min(map(len, level)) <= 1
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        for micro in range(micros):
+            sizes = [len(shard.samples) for shard in sampler.shards(0, step, range(shards), shards, micro, micros)]
+            assert max(sizes) - min(sizes) <= 1
 
 
 @settings(deadline=None)
@@ -82,8 +133,8 @@ def test_a_step_trains_on_the_same_samples_for_any_number_of_ranks(
 ) -> None:
     one, other = Sampler(samples, batch, seed), Sampler(samples, batch, seed)
     step = data.draw(st.integers(0, one.steps_per_epoch - 1))
-    expected = np.sort(global_batch(one, 3, step, first, 1))
-    np.testing.assert_array_equal(np.sort(global_batch(other, 3, step, second, micros)), expected)
+    expected = global_batch(one, 3, step, first, 1)
+    np.testing.assert_array_equal(global_batch(other, 3, step, second, micros), expected)  # in the same order
 
 
 @settings(deadline=None)
@@ -118,10 +169,10 @@ def test_the_next_epoch_and_the_next_seed_have_another_order() -> None:
 
 def test_a_sampler_goes_back_to_an_earlier_epoch() -> None:
     sampler = Sampler(100, 100, seed=0)
-    first = sampler.share(0, 0, 0, 1).copy()
-    second = sampler.share(1, 0, 0, 1).copy()
+    first = global_batch(sampler, 0, 0, 1, 1)
+    second = global_batch(sampler, 1, 0, 1, 1)
     assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(sampler.share(0, 0, 0, 1), first)
+    np.testing.assert_array_equal(global_batch(sampler, 0, 0, 1, 1), first)
 
 
 def test_the_tutorials_epoch_has_235_batches_of_256_or_255() -> None:

@@ -32,8 +32,14 @@ def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, int]) -> None
 def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None = None) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(placement_module, "cpu_quota", lambda: quota)
-    monkeypatch.setenv("OMP_NUM_THREADS", "to be restored")
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name in ("OMP_NUM_THREADS", "MXNET_CPU_WORKER_NTHREADS", "MXNET_CPU_TEMP_COPY", "OMPI_MCA_mpi_yield_when_idle"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+
+
+def threads() -> tuple[str, str]:
+    """In an operator, and operators side by side."""
+    return os.environ["OMP_NUM_THREADS"], os.environ["MXNET_CPU_WORKER_NTHREADS"]
 
 
 def test_a_process_without_a_launcher_is_alone() -> None:
@@ -55,18 +61,29 @@ def test_horovods_own_variables_stand_before_mpis(monkeypatch: pytest.MonkeyPatc
     assert placement() == Placement(rank=5, size=8, local_rank=1, local_size=4)
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(16, "4"), (6, "1"), (2, "1")], ids=["even", "uneven", "too few"])
-def test_the_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch, cores: int, threads: str) -> None:
+@pytest.mark.parametrize(("cores", "own"), [(16, "4"), (6, "1"), (2, "1")], ids=["even", "uneven", "too few"])
+def test_the_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch, cores: int, own: str) -> None:
     announce(monkeypatch, HOROVODRUN)
     with_cores(monkeypatch, cores)
     share_cores()
-    assert os.environ["OMP_NUM_THREADS"] == threads
+    assert threads() == ("1", own)  # one thread an operator, so that its bits do not depend on the share
+    assert os.environ["MXNET_CPU_TEMP_COPY"] == "64"
+
+
+@pytest.mark.parametrize(("cores", "yields"), [(16, False), (5, False), (4, True), (2, True)])
+def test_ranks_that_have_no_core_to_spare_do_not_spin_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, cores: int, yields: bool
+) -> None:
+    announce(monkeypatch, HOROVODRUN)
+    with_cores(monkeypatch, cores)
+    share_cores()
+    assert (("OMPI_MCA_mpi_yield_when_idle", "1") in os.environ.items()) == yields
 
 
 def test_a_process_alone_takes_all_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with_cores(monkeypatch, 6)
     share_cores()
-    assert os.environ["OMP_NUM_THREADS"] == "6"
+    assert threads() == ("1", "6")
 
 
 @pytest.mark.parametrize(("quota", "usable"), [(None, 64), (8.0, 8), (2.5, 2), (0.5, 1), (128.0, 64)])
@@ -76,12 +93,15 @@ def test_a_containers_share_of_the_cores_counts_not_those_of_its_host(
     with_cores(monkeypatch, 64, quota)
     assert cores() == usable
     share_cores()
-    assert os.environ["OMP_NUM_THREADS"] == str(usable)
+    assert threads() == ("1", str(usable))
 
 
 def test_the_users_own_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, HOROVODRUN)
     with_cores(monkeypatch, 16)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("MXNET_CPU_WORKER_NTHREADS", "5")
+    monkeypatch.setenv("MXNET_CPU_TEMP_COPY", "7")
     share_cores()
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert threads() == ("3", "5")
+    assert os.environ["MXNET_CPU_TEMP_COPY"] == "7"

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "another horovodrun": (checks.horovodrun("/x/horovodrun", "/env/horovodrun"), "warn", ["/x/", "/env/", "activate"]),
     "a core for each rank": (checks.cores(4, 4), "ok", ["4 ranks on 4 cores"]),
     "too few cores": (checks.cores(4, 3), "warn", ["4 ranks on 3 cores", "fewer"]),
-    "threads by share": (checks.threads(None, 2, 8), "ok", ["4 threads"]),
+    "threads by share": (checks.threads(None, 2, 8), "ok", ["4 threads, one an operator"]),
     "threads that fit": (checks.threads("4", 2, 8), "ok", ["OMP_NUM_THREADS=4"]),
     "too many threads": (checks.threads("5", 2, 8), "warn", ["OMP_NUM_THREADS=5", "2 ranks on 8 cores", "takes 4"]),
     "one thread on too few cores": (checks.threads("1", 4, 2), "ok", []),

@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[3]
 TRAIN_LINE = "epoch 0 train loss 0.6860 accuracy 0.7390 21000 images/s"
 TEST_LINE = "epoch 0 test loss 0.5000 accuracy 0.8370 (train loss 0.2500 accuracy 0.9000)"
 LOOK_LINES = ["best: test accuracy 0.8500 after step 100", "time: 1:32 of training, evaluation not counted"]
-DONE_LINE = "done: test accuracy 0.8370, loss 0.5000 after 235 steps (21000 images/s on 2 ranks); all of it is in "
+DONE_LINE = (
+    "done: test accuracy 0.8370, loss 0.5000 after 235 steps (21000 images/s on 2 ranks); weights 0123456789ab;"
+    " all of it is in "
+)
 
 # A run as train.py's, in a process of its own whose standard output the test chooses.
 SCRIPT = f"""

@@ -18,29 +18,36 @@ def parsed(net: nn.HybridBlock) -> GraphDef:
     return GraphDef.FromString(graph_of(net, models.IMAGE_SHAPE).SerializeToString())
 
 
+@pytest.fixture(scope="module", params=["BatchNorm", "sync_batch_norm"])
+def batch_norm(request: pytest.FixtureRequest) -> str:
+    """The operator: of the network that is trained shard by shard, and of one that was converted."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def tutorial() -> GraphDef:
+def tutorial(batch_norm: str) -> GraphDef:
     net = models.build(ModelConfig(dense_batch_norm=True))
-    convert_sync_batch_norm(net, Comm())
+    if batch_norm == "sync_batch_norm":
+        convert_sync_batch_norm(net, Comm())
     models.initialize(net, mx.cpu())
     return parsed(net)
 
 
-def test_every_parameter_and_layer_is_a_node_and_all_inputs_exist(tutorial: GraphDef) -> None:
+def test_every_parameter_and_layer_is_a_node_and_all_inputs_exist(tutorial: GraphDef, batch_norm: str) -> None:
     names = [node.name for node in tutorial.node]
     assert len(set(names)) == len(names)
     assert {name for node in tutorial.node for name in node.input} <= set(names)
     operators = [node.op for node in tutorial.node]
-    assert operators.count("sync_batch_norm") == 3 and operators.count("Convolution") == 2
+    assert operators.count(batch_norm) == 3 and operators.count("Convolution") == 2
     assert operators.count("VariableV2") == 20 and operators.count("Placeholder") == 1
 
 
-def test_a_blocks_nodes_fold_into_it(tutorial: GraphDef) -> None:
+def test_a_blocks_nodes_fold_into_it(tutorial: GraphDef, batch_norm: str) -> None:
     blocks = {node.name.split("/")[0] for node in tutorial.node}
     assert len(blocks) == 1 + 13  # the data, and the layers of the network
     by_block = [{node.op for node in tutorial.node if node.name.startswith(f"{block}/")} for block in blocks]
     assert by_block.count({"VariableV2", "Convolution"}) == 2
-    assert by_block.count({"VariableV2", "sync_batch_norm"}) == 3
+    assert by_block.count({"VariableV2", batch_norm}) == 3
 
 
 def test_edges_carry_the_shapes_of_what_flows_with_any_number_of_samples(tutorial: GraphDef) -> None:

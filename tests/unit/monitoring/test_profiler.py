@@ -200,7 +200,7 @@ import mxnet
 
 def slowly(self, *arguments, original=learner.Feed.__call__):
     mxnet.nd.waitall()  # so that no operator hides it
-    time.sleep(0.25)
+    time.sleep(0.125)
     return original(self, *arguments)
 
 learner.Feed.__call__ = slowly
@@ -211,7 +211,7 @@ command.run(train.main)
 def run(script: list[str], folder: Path, *overrides: str) -> tuple[str, str]:
     """What a run on one rank prints, and the checksum of its last weights."""
     data = synthetic.write(folder.parent / "data")
-    arguments = [*data, f"run.dir={folder}", "train.epochs=1", "train.accumulate_steps=2", *overrides]
+    arguments = [*data, f"run.dir={folder}", "train.epochs=1", "train.accumulate_steps=2", "data.shards=2", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *script, *arguments], capture_output=True, text=True, timeout=120, env=environment
@@ -223,7 +223,10 @@ def run(script: list[str], folder: Path, *overrides: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def slow_feed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A run of 6 steps in two micro-batches, each made in a quarter of a second; steps 3 to 5 are profiled."""
+    """A run of 6 steps in two micro-batches, whose two shards are each made in an eighth of a second.
+
+    Steps 3 to 5 are profiled.
+    """
     folder = tmp_path_factory.mktemp("profiled") / "run"
     return folder, *run(["-c", SLOW_FEED], folder, "run.profile_steps=3-5")
 
@@ -236,7 +239,7 @@ def table(printed: str) -> dict[str, tuple[float, float]]:
 
 def test_an_input_that_is_slow_shows_as_input(slow_feed: tuple[Path, str, str]) -> None:
     rows = table(slow_feed[1])
-    assert rows["input"][0] >= 500  # milliseconds a step, of two batches
+    assert rows["input"][0] >= 500  # milliseconds a step, of two shards of two micro-batches
     assert rows["compute"][0] > 0 and rows["wait"][0] == rows["allreduce"][0] == 0
 
 
@@ -255,12 +258,12 @@ def test_the_trace_holds_the_steps_and_their_batches_and_lies_within_the_whole(
     slices = [event for event in events if event["ph"] == "X"]
     named = [event["name"] for event in slices]
     assert [name for name in named if name.startswith("step ")] == ["step 3", "step 4", "step 5"]
-    assert named.count("input") == 3 * 2
-    # 2 layers, 3 steps, 2 micro-batches
+    assert named.count("input") == 3 * 2 * 2  # steps, micro-batches, shards
+    # 2 layers, 3 steps, 2 micro-batches: both shards in one
     assert named.count("sync_batch_norm::pure_python") == named.count("_backward_sync_batch_norm::pure_python") == 12
     extent = max(e["ts"] + e["dur"] for e in slices) - min(e["ts"] for e in slices)
     assert extent / 3 / 1000 <= table(slow_feed[1])["whole"][0] + 0.01
-    assert sum(e["dur"] for e in slices if e["name"] == "input") >= 6 * 0.25e6
+    assert sum(e["dur"] for e in slices if e["name"] == "input") >= 12 * 0.125e6
 
 
 def test_ten_lines_say_where_time_went_and_where_the_files_are(slow_feed: tuple[Path, str, str]) -> None:

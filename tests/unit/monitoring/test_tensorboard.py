@@ -28,12 +28,12 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from job.config import Config, load_config
 from job.data.idx import CLASS_NAMES, Split
+from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.monitoring import pictures, tensorboard
 from job.monitoring.tensorboard import Subject, TensorBoard, commit
 from job.networks import models
-from job.networks.sync_batch_norm import convert_sync_batch_norm
 from job.training.evaluation import Mistake
 from job.training.learner import Feed, Learner
 from tests.examples import CONFUSION, SUMMARY, TEST, TRAIN
@@ -55,10 +55,9 @@ def subject(*overrides: str) -> Subject:
     split = Split(images, random.integers(0, 10, 40, dtype=np.uint8))  # type: ignore[arg-type]
     seed_everything(0)
     net = models.build(config.model)
-    convert_sync_batch_norm(net, Comm())
     models.initialize(net, mx.cpu())
-    learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config.train, config.optimizer)
-    learner.step(split, [np.arange(40)], 40, 0.1)
+    learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config)
+    learner.step(split, [[Shard(np.arange(first, first + 5), first) for first in range(0, 40, 5)]], 40, 0.1)
     learner.comm = Alone()
     return Subject(config, learner, split)
 
@@ -239,18 +238,18 @@ def test_the_projector_has_the_features_the_names_and_the_images(whole: tuple[Pa
     config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
     features = np.loadtxt(folder / embedding.tensor_path, delimiter="\t")
-    images, _ = shown.learner.feed(shown.test, slice(None))
+    images, _ = shown.learner.feed(shown.test, slice(0, 36))  # of 40: the largest square
     *_, last = net = shown.learner.net
     decided = features @ last.weight.data().asnumpy().T + last.bias.data().asnumpy()
     np.testing.assert_allclose(decided, net(images).asnumpy(), atol=1e-3)  # features are written with 4 decimals
     assert features.min() == 0 and features.max() > 0.01
     names = (folder / embedding.metadata_path).read_text().splitlines()
-    assert names == [CLASS_NAMES[label] for label in shown.test.labels]
+    assert names == [CLASS_NAMES[label] for label in shown.test.labels[:36]]
     sprite = np.asarray(Image.open(folder / embedding.sprite.image_path))
     assert list(embedding.sprite.single_image_dim) == [28, 28]
-    columns = sprite.shape[1] // 28
-    for index in (0, 9, 39):
-        y, x0 = index // columns * 28, index % columns * 28
+    assert sprite.shape[:2] == (6 * 28, 6 * 28)  # and so no place of it is left to chance
+    for index in range(36):
+        y, x0 = index // 6 * 28, index % 6 * 28
         difference = sprite[y : y + 28, x0 : x0 + 28, 0].astype(int) - shown.test.images[index]
         assert abs(difference).max() <= 1
 
@@ -263,11 +262,12 @@ def test_a_run_that_was_complete_and_is_run_again_projects_once(tmp_path: Path) 
         writer.close()
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     assert len(config.embeddings) == 1
+    assert len(read(tmp_path).Tensors("weights/text_summary")) == 1
 
 
 def test_the_graph_is_that_of_the_network(whole: tuple[Path, Subject]) -> None:
     graph = GraphDef.FromString(read(whole[0]).Graph().SerializeToString())
-    assert {"Convolution", "sync_batch_norm", "FullyConnected"} <= {node.op for node in graph.node}
+    assert {"Convolution", "BatchNorm", "FullyConnected"} <= {node.op for node in graph.node}
 
 
 def text(folder: Path, tag: str) -> str:
@@ -279,6 +279,17 @@ def test_the_configuration_and_the_versions_are_there_as_tables(whole: tuple[Pat
     config, versions = text(whole[0], "config"), text(whole[0], "versions")
     assert "| optimizer.learning_rate | 0.125 |" in config and "| run.dir | runs/fashion_mnist |" in config
     assert f"| git commit | {commit()} |" in versions and "| mxnet | 1.9.1 |" in versions
+
+
+def test_the_hash_of_the_weights_is_there_at_the_end_as_text(whole: tuple[Path, Subject]) -> None:
+    assert text(whole[0], "weights") == f"SHA-256 {SUMMARY['weights_sha256']}"
+    (event,) = read(whole[0]).Tensors("weights/text_summary")
+    assert event.step == SUMMARY["steps"]
+
+
+def test_as_many_images_are_projected_as_fill_a_square() -> None:
+    side = int(tensorboard.PROJECTED**0.5)
+    assert side**2 == tensorboard.PROJECTED == 484
 
 
 def test_a_bar_in_a_value_does_not_break_the_table() -> None:

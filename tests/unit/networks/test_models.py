@@ -8,8 +8,11 @@ import pytest
 from mxnet.gluon import nn
 
 from job.config import ModelConfig
+from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.networks import models
+from job.networks.kernels import host_view
+from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
 # Output of each layer for (N, 1, 28, 28): 28 - 5 + 1 = 24, / 2 = 12, 12 - 3 + 1 = 10, / 2 = 5, 50 * 5 * 5 = 1250.
 LAYERS = [
@@ -126,6 +129,29 @@ def test_float64_reaches_every_parameter_and_the_logits(case: str) -> None:
     net = initialized(CASES[case][0], dtype="float64")
     assert {parameter.data().dtype for parameter in net.collect_params().values()} == {np.float64}
     assert net(mx.nd.ones((2, 1, 28, 28), dtype="float64")).dtype == np.float64
+
+
+def test_weights_lie_in_memory_as_they_are_read() -> None:
+    """Inference on a CPU would have reordered them, and gradients are written next to what is read there."""
+    mx.nd.waitall()
+    for name, parameter in initialized(ModelConfig()).collect_params().items():
+        np.testing.assert_array_equal(host_view(parameter.data()), parameter.data().asnumpy(), err_msg=name)
+
+
+def test_a_network_that_was_converted_before_is_initialized_and_trains() -> None:
+    seed_everything(0)
+    net = models.build(ModelConfig())
+    assert convert_sync_batch_norm(net, Comm()) == 2
+    models.initialize(net, mx.cpu())
+    with mx.autograd.record():
+        loss = net(mx.nd.random.uniform(shape=(4, 1, 28, 28))).square().sum()
+    loss.backward()
+    assert all(np.isfinite(p.grad().asnumpy()).all() for p in net.collect_params().values() if p.grad_req != "null")
+    assert sum(isinstance(layer, SyncBatchNorm) for layer in net) == 2
+    plain = initialized(ModelConfig())
+    for converted, own in zip(net.collect_params().values(), plain.collect_params().values()):
+        if "running" not in own.name:
+            np.testing.assert_array_equal(converted.data().asnumpy(), own.data().asnumpy())  # drawn alike
 
 
 def test_batches_of_any_size_follow_one_another() -> None:

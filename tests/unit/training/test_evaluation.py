@@ -8,7 +8,7 @@ from typing import Optional
 import numpy as np
 import pytest
 
-from job.data.sampler import Span
+from job.data.sampler import Span, own_shards
 from job.distributed.comm import Comm
 from job.training.evaluation import WORST, Evaluation, evaluate
 
@@ -35,16 +35,19 @@ def outcome(samples: int, accuracy: float) -> tuple[np.ndarray, np.ndarray, np.n
     return labels, predicted.astype(np.float64), (random.permutation(samples) + 256) / 256
 
 
-def on_ranks(size: int, labels: np.ndarray, predicted: np.ndarray, losses: np.ndarray) -> list[Evaluation]:
+def on_ranks(
+    size: int, labels: np.ndarray, predicted: np.ndarray, losses: np.ndarray, total: int = 7
+) -> list[Evaluation]:
+    """What each rank gets to know, when the samples are cut into ``total`` chunks."""
     table: list[Optional[np.ndarray]] = [None] * size
     found: list[Optional[Evaluation]] = [None] * size
     barrier = threading.Barrier(size)
 
     def work(rank: int) -> None:
-        own = Span(0, len(labels)).part(rank, size)
-        part = slice(*own)
-        comm = Thread(rank, size, table, barrier)
-        found[rank] = evaluate(comm, labels, own.start, losses[part], predicted[part], 10)
+        own = own_shards(rank, size, total)
+        spans = [Span(0, len(labels)).part(number, total) for number in own]
+        chunks = [(span.start, losses[slice(*span)], predicted[slice(*span)]) for span in spans]
+        found[rank] = evaluate(Thread(rank, size, table, barrier), labels, own, chunks, total, 10)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -79,14 +82,33 @@ def test_the_worst_mistakes_are_those_of_all_samples_the_worst_first(size: int, 
         assert list(found.mistakes) == expected
 
 
+def test_any_number_of_ranks_finds_the_same_to_the_last_bit() -> None:
+    labels, predicted, _ = outcome(1000, 0.6)
+    losses = np.random.default_rng(1).exponential(size=1000) + 1  # whose sum depends on its order
+    chunks = [losses[slice(*Span(0, 1000).part(number, 13))].sum() for number in range(13)]
+    assert len({sum(np.random.default_rng(seed).permutation(chunks).tolist()) for seed in range(9)}) > 1
+    every = [found for size in (1, 2, 3, 5, 13, 16) for found in on_ranks(size, labels, predicted, losses, total=13)]
+    assert {found.loss_sum for found in every} == {sum(map(float, chunks))}
+    assert len({found.mistakes for found in every}) == 1
+    for found in every:
+        np.testing.assert_array_equal(found.confusion, every[0].confusion)
+
+
+def test_mistakes_that_are_equally_bad_come_in_the_order_of_samples_whoever_found_them() -> None:
+    labels = np.zeros(100, np.uint8)
+    for size in (1, 2, 7):
+        for found in on_ranks(size, labels, np.ones(100), np.full(100, 2.0)):
+            assert [mistake.image for mistake in found.mistakes] == list(range(WORST))
+
+
 def test_more_ranks_than_samples_and_a_network_that_is_always_right() -> None:
     labels = np.array([3, 1], np.uint8)
-    for found in on_ranks(4, labels, labels.astype(float), np.array([0.5, 0.25])):
+    for found in on_ranks(4, labels, labels.astype(float), np.array([0.5, 0.25]), total=2):
         assert (found.count, found.accuracy, found.loss, found.mistakes) == (2, 1.0, 0.375, ())
 
 
 def test_losses_that_are_not_numbers_are_counted_and_are_no_mistake_to_show() -> None:
     labels = np.array([0, 1, 2], np.uint8)
-    (found,) = on_ranks(1, labels, np.zeros(3), np.array([0.5, np.nan, 2.0]))
+    (found,) = on_ranks(1, labels, np.zeros(3), np.array([0.5, np.nan, 2.0]), total=2)
     assert np.isnan(found.loss) and found.accuracy == 1 / 3
     assert [mistake.image for mistake in found.mistakes] == [2]

@@ -1,0 +1,165 @@
+"""The promise, on real ranks, in float32: not one bit of what is learned depends on their number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mxnet.gluon import nn
+from mxnet.gluon.model_zoo import vision
+
+from job import run_dir
+from job.checkpoints.store import decode_arrays, read
+from job.config import load_config
+from job.distributed.comm import Comm
+from job.networks import models
+from job.train import train
+from tests import synthetic
+from tests.examples import MEASURED
+from tests.parallel.test_resume import cut_off_at
+from tests.parallel.test_training import one_process
+
+SHORT = ["train.epochs=2", "train.log_every_steps=1", "optimizer.learning_rate=0.05"]
+SETTINGS = {
+    "eight shards": [],
+    "one shard": ["data.shards=1"],
+    "three shards": ["data.shards=3", "data.global_batch=50"],
+    "accumulation, clipping, smoothing, adam": [
+        "train.accumulate_steps=2", "train.clip_gradient_norm=0.5", "train.label_smoothing=0.1", "optimizer.name=adam",
+        "optimizer.learning_rate=0.001",
+    ],
+    "nesterov, BatchNorm on the dense layer": [
+        "optimizer.momentum=0.9", "optimizer.nesterov=true", "model.dense_batch_norm=true",
+        "optimizer.weight_decay=0.001",
+    ],
+    "statistics of each shard": ["model.sync_batch_norm=false", "train.accumulate_steps=2"],
+    "float64": ["model.dtype=float64"],
+}  # fmt: skip
+
+
+def with_dropout(config: Any) -> nn.HybridSequential:
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(16, 5), nn.BatchNorm(), nn.Activation("relu"), nn.MaxPool2D(), nn.Dropout(0.4))
+    net.add(nn.Dense(32, activation="relu"), nn.Dropout(0.3), nn.Dense(models.CLASSES))
+    return net
+
+
+def resnet(config: Any) -> nn.HybridBlock:
+    return vision.get_resnet(1, 18, thumbnail=True, classes=models.CLASSES)
+
+
+def run(comm: Comm, folder: str, overrides: list[str], network: Any = None, resume: str = "never") -> str:
+    """Train as ``job/train.py`` does. The hash of the weights, worked out from what this rank holds."""
+    if network:
+        models.build = network
+    config = load_config(overrides=[*overrides, f"run.dir={folder}", f"run.resume={resume}"])
+    lock = run_dir.claim(config) if comm.rank == 0 else None
+    comm.barrier("claimed")
+    net = train(config, comm)
+    if lock:
+        lock.close()
+    digest = hashlib.sha256()
+    for name, parameter in sorted(net._collect_params_with_prefix().items()):
+        array = parameter.data().asnumpy()
+        digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def cut_off(comm: Comm, folder: str, overrides: list[str], step: int, resume: str = "never") -> None:
+    with cut_off_at(step):
+        run(comm, folder, overrides, resume=resume)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """All of metrics.jsonl but the number of ranks and what a clock has measured."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in (*MEASURED, "ranks")} for line in lines]
+
+
+def outcome(
+    run_ranks: Any, folder: Path, ranks: int, overrides: list[str], controller: str = "gloo", **more: Any
+) -> Any:
+    """One hash for all ranks, and the records."""
+    hashes = run_ranks(run, ranks, controller, folder=str(folder), overrides=overrides, **more)
+    assert set(hashes) == {json.loads((folder / "summary.json").read_text())["weights_sha256"]}
+    return hashes[0], records(folder)
+
+
+def runs(comm: Comm, folder: str, overrides: list[str], settings: dict[str, list[str]]) -> dict[str, str]:
+    """Several runs by the same processes, which start only once."""
+    return {name: run(comm, f"{folder}/{name}", [*overrides, *more]) for name, more in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def by_ranks(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Of 1, 2 and 3 ranks the hash and the records of a run with each of the settings."""
+    folder = tmp_path_factory.mktemp("settings")
+    overrides = [*synthetic.write(folder / "data"), *SHORT]
+    found: dict[int, Any] = {}
+    for ranks in (1, 2, 3):
+        hashes = run_ranks(runs, ranks, folder=str(folder / str(ranks)), overrides=overrides, settings=SETTINGS)
+        assert all(other == hashes[0] for other in hashes)
+        found[ranks] = {name: (hashes[0][name], records(folder / str(ranks) / name)) for name in SETTINGS}
+    return found
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "one shard"])
+def test_two_and_three_ranks_learn_what_one_learns(by_ranks: dict[int, Any], setting: str) -> None:
+    assert by_ranks[2][setting] == by_ranks[1][setting]
+    assert by_ranks[3][setting] == by_ranks[1][setting]
+
+
+def test_cut_by_ranks_the_same_batch_gives_other_bits(by_ranks: dict[int, Any]) -> None:
+    """What this file compares can differ: one shard is raised to as many as there are ranks."""
+    assert len({by_ranks[ranks]["one shard"][0] for ranks in (1, 2, 3)}) == 3
+
+
+@pytest.mark.timeout(600)
+def test_the_default_run_is_one_run_at_1_to_5_ranks_over_gloo_and_mpi(run_ranks: Any, tmp_path: Path) -> None:
+    overrides = ["train.max_steps=60", "train.log_every_steps=1"]
+    alone = outcome(run_ranks, tmp_path / "1", 1, overrides)
+    assert len(alone[1]) == 61 and alone[1][-1]["split"] == "test"
+    for ranks, controller in ((2, "mpi"), (3, "gloo"), (4, "mpi"), (5, "gloo")):
+        assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides, controller) == alone, (ranks, controller)
+
+
+@pytest.mark.parametrize("network", [with_dropout, resnet])
+def test_networks_of_others_learn_the_same_at_any_number_of_ranks(run_ranks: Any, tmp_path: Path, network: Any) -> None:
+    overrides = [*synthetic.write(tmp_path / "data"), *SHORT, "train.max_steps=3"]
+    alone = outcome(run_ranks, tmp_path / "1", 1, overrides, network=network)
+    for ranks in (2, 4):
+        assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides, network=network) == alone, ranks
+
+
+@pytest.mark.fault(6)
+def test_resumed_with_other_ranks_it_is_the_run_never_stopped(run_ranks: Any, tmp_path: Path) -> None:
+    overrides = [*synthetic.write(tmp_path / "data"), *SHORT, "checkpoint.every_steps=2", "optimizer.momentum=0.9"]
+    alone = outcome(run_ranks, tmp_path / "whole", 2, overrides)
+    run_ranks(cut_off, 1, folder=str(tmp_path / "cut"), overrides=overrides, step=5)
+    run_ranks(cut_off, 3, folder=str(tmp_path / "cut"), overrides=overrides, step=9, resume="auto")
+    assert outcome(run_ranks, tmp_path / "cut", 2, overrides, resume="auto") == alone
+    final = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
+    weights = {
+        name.partition("/")[2]: array for name, array in decode_arrays(read(final).arrays).items() if "network/" in name
+    }
+    assert len(weights) == 16
+    assert json.loads((final / "manifest.json").read_text())["weights_sha256"] == alone[0]
+
+
+def test_the_first_steps_are_those_of_one_plain_process_in_float64(run_ranks: Any, tmp_path: Path) -> None:
+    overrides = ["train.max_steps=5", "train.log_every_steps=1"]
+    losses, _ = one_process(overrides, 5, dtype="float64")
+    _, found = outcome(run_ranks, tmp_path / "run", 2, overrides)
+    np.testing.assert_allclose([record["loss"] for record in found if record["split"] == "train"], losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_whole_default_run_has_one_hash_and_one_accuracy(run_ranks: Any, tmp_path: Path) -> None:
+    alone = outcome(run_ranks, tmp_path / "1", 1, [])
+    for ranks in (2, 3, 4):
+        assert outcome(run_ranks, tmp_path / str(ranks), ranks, [], "mpi") == alone, ranks

@@ -1,0 +1,106 @@
+"""Sums whose order cannot matter, against Python's exact fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Optional
+
+import mxnet as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.distributed.comm import Comm
+from job.training.exact import LARGEST, ExactSum, sum_of_squares
+
+LIMIT = LARGEST / 64
+NUMBERS = st.one_of(
+    st.floats(-LIMIT, LIMIT, width=32),
+    st.floats(-1.0, 1.0, width=32),
+    st.sampled_from([0.0, -0.0, LIMIT, -LIMIT, 2.0**-44, 2.0**-45, -(2.0**-45), 3 * 2.0**-45, 1e-30]),
+)
+LISTS = st.lists(NUMBERS, min_size=1, max_size=64)
+
+
+class Others(Comm):
+    """Ranks that have handed over a vector of their own."""
+
+    def __init__(self, vectors: Sequence[np.ndarray]) -> None:
+        super().__init__()
+        self._vectors = vectors
+        self.own: Optional[np.ndarray] = None
+
+    def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
+        (array,) = arrays
+        self.own = array.asnumpy()
+        array[:] = mx.nd.array(np.sum([self.own, *self._vectors], axis=0), dtype="int64")
+
+
+def on_one_rank(numbers: Sequence[float], dtype: str, others: Sequence[np.ndarray] = ()) -> tuple[ExactSum, Others]:
+    """Sums of ``numbers`` and of their halves."""
+    comm = Others(others)
+    sums = ExactSum(comm, 2, 64, dtype)
+    for number in numbers:
+        sums.add(0, np.array([number, number / 2], dtype))
+    sums.reduce()
+    return sums, comm
+
+
+@settings(deadline=None)
+@given(numbers=LISTS, order=st.randoms(), cuts=st.lists(st.integers(0, 64), max_size=4))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_order_and_no_number_of_ranks_changes_a_bit(numbers: list[float], order, cuts: list[int], dtype) -> None:  # type: ignore[no-untyped-def]
+    whole, _ = on_one_rank(numbers, dtype)
+    mixed = order.sample(numbers, len(numbers))
+    first, *others = (part.tolist() for part in np.split(np.array(mixed), sorted(cuts)))
+    vectors = [own for part in others if (own := on_one_rank(part, dtype)[1].own) is not None]
+    shared, _ = on_one_rank(first, dtype, vectors)
+    assert shared.read(0, 2).tobytes() == whole.read(0, 2).tobytes()
+    assert shared.refused == whole.refused == 0
+
+
+@settings(deadline=None)
+@given(numbers=LISTS)
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 45), ("float64", 89)])
+def test_sums_hold_to_what_is_promised_for_each_addend(numbers: list[float], dtype: str, bits: int) -> None:
+    sums, _ = on_one_rank(numbers, dtype)
+    expected = sum(map(Fraction, numbers))
+    error = abs(Fraction(float(sums.read(0, 1)[0])) - expected)
+    assert error <= Fraction(len(numbers), 2**bits) + abs(expected) / 2**53  # a float64 has 53 bits to tell it in
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, LIMIT * 1.001, -1e30])
+def test_what_is_not_finite_or_too_large_is_refused_and_counted_and_never_wraps(bad: float, dtype: str) -> None:
+    sums, _ = on_one_rank([1.0, bad, 2.0], dtype, [np.zeros(5 if dtype == "float64" else 3, np.int64)])
+    assert sums.refused == (2 if abs(bad) > 2 * LIMIT or np.isnan(bad) else 1)  # the number and its half
+    assert sums.read(0, 1).tolist() == [3.0]
+    sums.clear()
+    assert sums.refused == 0 and sums.read(0, 2).tolist() == [0.0, 0.0]
+
+
+def test_as_many_of_the_largest_as_are_announced_fit() -> None:
+    sums, _ = on_one_rank([LIMIT] * 64, "float32")
+    assert sums.read(0, 1).tolist() == [LARGEST] and sums.refused == 0
+
+
+def test_a_refusal_on_another_rank_is_known_here() -> None:
+    sums, _ = on_one_rank([1.0], "float32", [np.array([0, 0, 3])])
+    assert sums.refused == 3
+
+
+def test_a_long_vector_is_summed_in_its_own_places() -> None:
+    sums = ExactSum(Comm(), 1000, 2, "float32")
+    sums.add(10, np.arange(5, dtype=np.float32))
+    sums.add(12, np.arange(5, dtype=np.float32))
+    sums.reduce()
+    assert sums.read(8, 19).tolist() == [0, 0, 0, 1, 2, 4, 6, 3, 4, 0, 0]
+    assert not sums.read(0, 10).any() and not sums.read(17, 1000).any()
+
+
+def test_a_sum_of_squares_is_numpys() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    assert sum_of_squares(values) == pytest.approx(float(values @ values), rel=1e-14)
+    assert sum_of_squares(values.astype(np.float32)) == pytest.approx(float(values @ values), rel=1e-6)
