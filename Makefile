@@ -25,59 +25,59 @@ setup: ## everything that a fresh machine needs: .venv, Horovod, Fashion-MNIST
 train: setup ## set up, then train on this machine (NP=2 ARGS="key=value ...")
 	@launch/local.sh -np $(NP) run.dir=runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: setup ## set up, then all tests but the slow ones and those that break ranks and machines (test-faults)
+test: setup ## set up, then all tests except the slow ones and test-faults
 	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/faults --ignore=tests/image $(ARGS)
 
 test-slow: setup ## set up, then the slow tests
 	@.venv/bin/python -m pytest -m slow --ignore=tests/image $(ARGS)
 
-test-faults: setup ## break everything that can break, and print what held as a table (SLOW=1: and 100 random kills)
+test-faults: setup ## break what can break, and print a table of what held (SLOW=1: also kill 100 times at random)
 	@.venv/bin/python -m pytest -q --fault-matrix -m 'fault $(if $(SLOW),,and not slow)' tests/faults tests/unit/checkpoints \
 		tests/parallel/test_resume.py $(ARGS)
 
 doctor: ## is this machine fit? a table of checks, with what to do (ARGS="-np 8 key=value ...")
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python3 job/doctor.py $(ARGS)
 
-test-cluster: setup ## several hosts as network namespaces with sshd on this machine: they train, and what dies ends all
+test-cluster: setup ## launch/cluster.sh on three hosts, which are network namespaces of this machine (needs root)
 	@.venv/bin/python -m pytest -v tests/cluster $(ARGS)
 
 test-slurm: setup ## launch/slurm.sbatch under a real Slurm of two nodes on this machine (needs slurm-wlm and root)
 	@.venv/bin/python -m pytest -v tests/slurm $(ARGS)
 
-image-test: setup ## build the image without an engine and run it (TARGET=cpu or gpu; needs root, buildah, debootstrap)
+image-test: setup ## build the image without Docker and run it (TARGET=cpu or gpu; needs root, buildah, debootstrap)
 	@.venv/bin/python -m pytest -m slow tests/image $(ARGS)
 
 test-browser: setup ## TensorBoard and the report, seen in a headless Chromium (Debian: chromium, chromium-driver)
 	@.venv/bin/python -m pytest tests/browser $(ARGS)
 
-bench: setup ## what SyncBatchNorm, a checkpoint and TensorBoard cost, each beside the run without
+bench: setup ## measure what SyncBatchNorm, a checkpoint and TensorBoard cost
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
 	@.venv/bin/python -m benchmarks.tensorboard_cost
 
-tensorboard: setup ## serve every run under runs/ to a browser, at the address it prints (ARGS="--port 6007")
+tensorboard: setup ## show all runs under runs/ in a browser, at the address that it prints (ARGS="--port 6007")
 	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }
 	@.venv/bin/python -m tensorboard.main --logdir runs $(ARGS)
 
-kubernetes: setup ## render the manifests of launch/kubernetes and check them, without a cluster (needs kubectl)
+kubernetes: setup ## check the manifests of launch/kubernetes without a cluster (needs kubectl)
 	@for overlay in launch/kubernetes/overlays/*; do \
 		.venv/bin/python launch/kubernetes/validate.py launch/kubernetes/once $$overlay || exit; \
 	done
 
-screenshots: setup ## draw the pictures in docs/images/ anew, of runs made for them: a quarter of an hour
+screenshots: setup ## make runs, and draw the pictures in docs/images/ from them: a quarter of an hour
 	@.venv/bin/python -m benchmarks.screenshots
 	@.venv/bin/python -m benchmarks.rank_curves
 
-docs: setup ## write docs/configuration.md anew from the schema in job/config.py
+docs: setup ## make docs/configuration.md anew from job/config.py
 	@.venv/bin/python -m job.config > docs/configuration.md
 
-lint: setup ## ruff, mypy, and which room of job/ may import which
+lint: setup ## ruff, mypy, and import-linter: no room of job/ imports a room above it
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
 	@.venv/bin/lint-imports
 
-lock: ## resolve requirements-*.txt anew from pyproject.toml
+lock: ## make requirements-*.txt anew from pyproject.toml
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
 	python3 -m venv "$$tmp" && "$$tmp/bin/python" -m pip install -q uv==$(uv_version) && \
 	"$$tmp/bin/uv" $(lock) --extra cpu --extra build --extra dev -o requirements-cpu.txt && \

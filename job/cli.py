@@ -44,7 +44,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         prog="train.py",
         description=_DESCRIPTION,
         epilog=_keys() + "\nexit codes: 0 done; 1 failed; 2 bad configuration or usage, nothing was started;"
-        " 75 preempted, the same command continues",
+        " 75 preempted, run again to continue",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

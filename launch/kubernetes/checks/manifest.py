@@ -130,7 +130,7 @@ def quantity(text: object) -> float:
 
 
 def demand(document: str, path: str, own: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Problem]:
-    """What of ``own``, which is at ``path``, is not as ``wanted``."""
+    """Where ``own``, which is at ``path``, differs from ``wanted``."""
     for key, value in wanted.items():
         if own.get(key) != value:
             yield Problem(document, f"{path}.{key}", f"must be {value}, is {own.get(key, 'not given')}")
