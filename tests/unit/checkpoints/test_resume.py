@@ -93,14 +93,22 @@ def test_another_run_is_refused_before_anything_starts_though_the_data_is_not_kn
         resume.check(config(tmp_path, "run.resume=auto", "run.seed=1"), 2)
 
 
-def test_shards_are_compared_once_they_are_settled_which_takes_the_data(tmp_path: Path) -> None:
+def test_other_shards_are_refused_before_anything_starts_and_ranks_that_need_as_many_are_not(tmp_path: Path) -> None:
     write(tmp_path)
     other = config(tmp_path, "run.resume=auto", "data.shards=4")
-    resume.check(other, 2)  # may come to 8 yet, as 4 do on 8 ranks
+    resume.check(other, 8)
+    for ranks, now in ((2, 4), (16, 16)):
+        with pytest.raises(UsageError, match=rf"\n  data\.shards: 8 there, {now} now\n"):
+            resume.check(other, ranks)
+
+
+def test_shards_that_a_small_data_set_may_bring_down_are_compared_when_it_is_known(tmp_path: Path) -> None:
+    write(tmp_path, "data.global_batch=12")
+    resume.check(config(tmp_path, "run.resume=auto", "data.global_batch=12", "data.shards=9"), 1)
     found = Store(tmp_path / "checkpoints", 5).newest(print)
     assert found is not None
-    with pytest.raises(UsageError, match=r"\n  data\.shards: 8 there, 4 now\n"):
-        resume.require_same_run(found, of("data.shards=4"))
+    with pytest.raises(UsageError, match=r"\n  data\.shards: 8 there, 9 now\n"):
+        resume.require_same_run(found, of("data.global_batch=12", "data.shards=9"))
 
 
 def test_a_named_checkpoint_must_be_one(tmp_path: Path) -> None:
