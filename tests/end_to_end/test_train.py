@@ -164,7 +164,7 @@ def test_the_launch_script_shows_a_table_and_a_bar_on_a_terminal(tmp_path: Path)
     lines = re.split(r"[\r\n]+", shown)
     for start in ("epoch +step  train loss", " +0 +6 ", " +1 +12 "):
         assert sum(bool(re.match(start, line)) for line in lines) == 1, shown
-    assert "━" in shown and "on 2 ranks); all of it is in run" in shown
+    assert "━" in shown and re.search(r"on 2 ranks\); weights [0-9a-f]{12}; all of it is in run", shown)
 
 
 def test_under_horovodrun_a_bad_config_is_told_once(tmp_path: Path) -> None:

@@ -90,14 +90,15 @@ def plant(owner: Any, name: str, steps: Any, before: bool = True) -> None:
 
 
 def plant_nan() -> None:
-    whole = Learner._backward
+    whole = Learner._fed
 
-    def broken(self: Learner, images: Any, labels: Any, global_batch: int) -> Any:
+    def broken(self: Learner, *arguments: Any) -> Any:
+        feeds = whole(self, *arguments)
         if mine and self.steps == int(after):
-            images = images * (np.nan if action == "nan" else np.inf)
-        return whole(self, images, labels, global_batch)
+            feeds[0]["data"] = feeds[0]["data"] * (np.nan if action == "nan" else np.inf)
+        return feeds
 
-    Learner._backward = broken  # type: ignore[method-assign]
+    Learner._fed = broken  # type: ignore[method-assign]
 
 
 if action == "alarm":  # kills as surely as SIGKILL, by the kernel's clock, whatever the process is doing

@@ -258,7 +258,7 @@ def test_the_trace_holds_the_steps_and_their_batches_and_lies_within_the_whole(
     slices = [event for event in events if event["ph"] == "X"]
     named = [event["name"] for event in slices]
     assert [name for name in named if name.startswith("step ")] == ["step 3", "step 4", "step 5"]
-    assert named.count("input") == 3 * 2 * 2  # steps, micro-batches, shards
+    assert named.count("input") == 3 * 2  # steps, micro-batches
     # 2 layers, 3 steps, 2 micro-batches: both shards in one
     assert named.count("sync_batch_norm::pure_python") == named.count("_backward_sync_batch_norm::pure_python") == 12
     extent = max(e["ts"] + e["dur"] for e in slices) - min(e["ts"] for e in slices)
