@@ -29,6 +29,7 @@ import psutil
 
 from job.config import ROOT, DataConfig
 from job.distributed import cgroup
+from job.distributed.gpus import count, listing, visible
 from job.errors import DataError
 
 T = TypeVar("T")
@@ -172,7 +173,9 @@ def gpus(environment: Mapping[str, str] = os.environ) -> Gpus:
     if any(len(row) < 4 for row in rows):
         return Gpus(error=answer.text.strip().splitlines()[0])
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    return Gpus(tuple(_gpu(row) for row in rows if _visible(row[0], row[1], wanted)))
+    if "MIG" in (wanted or ""):  # part of a GPU, which this way of asking does not list
+        return Gpus(tuple(map(_gpu, rows[: count(listing(), wanted)])))
+    return Gpus(tuple(_gpu(rows[index]) for index in visible([row[1] for row in rows], wanted)))
 
 
 def mxnet() -> Answer:
@@ -310,16 +313,6 @@ def _gpu(row: Sequence[str]) -> Gpu:
     except (IndexError, ValueError):  # not asked for, or "[N/A]"
         return Gpu(name, None, driver)
     return Gpu(name, (major, minor), driver)
-
-
-def _visible(index: str, uuid: str, wanted: str | None) -> bool:
-    """Whether ``CUDA_VISIBLE_DEVICES`` lets a GPU be seen. A part of a GPU (MIG) cannot be told from its whole."""
-    if wanted is None or "MIG" in wanted:
-        return True
-    return any(
-        item == index or (item.startswith("GPU-") and uuid.startswith(item))
-        for item in wanted.replace(" ", "").split(",")
-    )
 
 
 def _existing(folder: Path) -> Path:

@@ -70,7 +70,7 @@ def test_without_nvidia_smi_there_are_no_gpus(tmp_path: Path, monkeypatch: pytes
         ("GPU-aaaa", (A100,)),
         ("", ()),
         ("-1", ()),
-        ("MIG-1234", (A100, H100)),
+        ("MIG-1234", ()),  # there is none of that name
     ],
 )
 def test_the_gpus_are_those_that_cuda_visible_devices_leaves(

@@ -134,9 +134,9 @@ def test_a_dry_run_prints_every_command_contacts_nobody_and_hides_what_is_forwar
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "# localhost: rank 0"
-    assert re.fullmatch(r"env -i .*/python \S+/launch/agent\.py", lines[1])
+    assert re.fullmatch(r"env -i .*/python \S+/launch/hosts/agent\.py", lines[1])
     assert lines[2] == "# 198.51.100.1: ranks 1, 2"
-    assert re.fullmatch(r"ssh -T .*-p 2222 -- 198\.51\.100\.1 '\S+/python \S+/launch/agent\.py'", lines[3])
+    assert re.fullmatch(r"ssh -T .*-p 2222 -- 198\.51\.100\.1 '\S+/python \S+/launch/hosts/agent\.py'", lines[3])
     assert "train.epochs=2 'run.dir=a b' run.resume=auto" in done.stdout
     assert "NCCL_DEBUG=WARN" in done.stdout
     assert "TOKEN=(not shown)" in done.stdout
