@@ -437,7 +437,7 @@ def main(arguments: Sequence[str]) -> int:
     ranks = Ranks()
     checked = subprocess.run(
         [*train, "--check"],
-        env={**os.environ, **variables[task.ranks[0][0]]},
+        env={**os.environ, **variables[task.ranks[0][0]], "HOROVOD_CONTROLLER": "gloo"},
         stdout=None if options.check else subprocess.DEVNULL,
     ).returncode
     if checked or options.check:

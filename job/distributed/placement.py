@@ -7,14 +7,15 @@ Horovod are imported.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+import re
+import sys
+from typing import NamedTuple, NoReturn
 
 from job.distributed.cgroup import cpu_quota
 
-_LAUNCHERS = (
-    ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-)
+_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
+_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
 class Placement(NamedTuple):
@@ -27,11 +28,33 @@ class Placement(NamedTuple):
 
 
 def placement() -> Placement:
-    """The placement that the launcher announced; one process on its own if there was no launcher."""
-    for names in _LAUNCHERS:
-        if names[1] in os.environ:
-            return Placement(*(int(os.environ.get(name, default)) for name, default in zip(names, Placement())))
+    """The placement that the launcher announced; one process on its own if there was no launcher.
+
+    Horovod's own variables, where they are left over from another job, do not count beside those of mpirun.
+    """
+    for names in (_HOROVOD, _MPI) if os.environ.get(_MEETING) or not os.environ.get(_MPI[1]) else (_MPI,):
+        if os.environ.get(names[1]):
+            return Placement(*(_number(name, default) for name, default in zip(names, Placement())))
     return Placement()
+
+
+def launched() -> bool:
+    """Whether a launcher that can bring ranks together has started this process, or it is on its own."""
+    return bool(placement().size == 1 or os.environ.get(_MEETING) or os.environ.get(_MPI[1]))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,7}", text):
+        _refuse(f"{name}={text} is not a number; a launcher sets it: unset it")
+    return int(text)
+
+
+def _refuse(message: str) -> NoReturn:
+    """End this process as bad usage does. For what is read before anything that could tell it is imported."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
 
 
 def cores() -> int:
@@ -47,6 +70,18 @@ def share_cores() -> None:
     that each claim the same cores slow one another down. A value that the user has set stands.
     """
     ranks = placement().local_size
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    share = max(1, cores() // ranks)
+    os.environ["OMP_NUM_THREADS"] = str(_threads(os.environ.get("OMP_NUM_THREADS", "").strip(), share))
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def _threads(setting: str, share: int) -> int:
+    """What the user's OMP_NUM_THREADS means. OpenMP knows lists, a number a level of nesting, of which MXNet has one.
+
+    MXNet and OpenMP crash on other texts, or take a number of their own.
+    """
+    first = setting.partition(",")[0].strip() or str(share)
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", first):
+        _refuse(f"OMP_NUM_THREADS={setting} is not a number of threads; unset it, and each rank takes {share} here")
+    return int(first)

@@ -238,11 +238,12 @@ def clock(unix: Sequence[float], monotonic: Sequence[float]) -> Check:
     return Check("clock", "ok", "steady")
 
 
-def hostname(name: str, error: str) -> Check:
-    """``error`` of looking up its address."""
+def hostname(name: str, error: str, over_gloo: bool = False) -> Check:
+    """``error`` of looking up its address, without which Gloo ends every rank with a segmentation fault."""
     if error:
         remedy = f"add it to /etc/hosts: 127.0.1.1 {name}; several hosts need a name that all can look up"
-        return Check("hostname", "warn", f"{name} has no address: {error}", remedy)
+        status = "fail" if over_gloo else "warn"
+        return Check("hostname", status, f"this host's name, {name}, has no address: {error}", remedy)
     return Check("hostname", "ok", f"{name} has an address")
 
 

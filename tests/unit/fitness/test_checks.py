@@ -108,6 +108,9 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "clock that is set": (checks.clock((1.8e9, 1.8e9 - 55), (7, 12)), "warn", ["-60.0 s", "time service"]),
     "clock backward": (checks.clock((1.8e9, 1.8e9 + 5), (7, 6)), "fail", ["backward"]),
     "hostname": (checks.hostname("node1", ""), "ok", ["node1"]),
+    "unknown hostname over Gloo": (
+        checks.hostname("node1", "Name or service not known", over_gloo=True), "fail", ["node1", "/etc/hosts"],
+    ),
     "unknown hostname": (checks.hostname("node1", "Name or service not known"), "warn", ["node1", "/etc/hosts"]),
     "network": (checks.network({"lo": ["127.0.0.1"], "eth0": ["10.0.0.3"]}), "ok", ["eth0 10.0.0.3"]),
     "loopback only": (checks.network({"lo": ["127.0.0.1"], "eth0": []}), "warn", ["lo 127.0.0.1", "several"]),
