@@ -19,7 +19,7 @@ def check(config: Config) -> list[Check]:
 
     Raises:
         UsageError: ``run.device`` cannot be had here.
-        JobError: the driver is too old, Gloo cannot connect this host, or there is no room for the run where rank 0 writes it.
+        JobError: the driver is too old, Gloo cannot connect this host, or there is no room where rank 0 writes.
     """
     ranks, device = placement().local_size, config.run.device
     gpus = facts.Gpus() if device == "cpu" else facts.gpus()

@@ -2,6 +2,12 @@
 # What the shell launchers share. To be sourced, with `root`, the project's folder, and `me`, what messages begin with.
 
 set +o posix # where sh is bash
+# A container may run as a user whom it does not know. Then mpirun crashes, and what looks for ~ has none.
+if [[ -z ${HOME:-} ]]; then
+  HOME=~
+  if [[ ! -d $HOME || $HOME == / ]]; then HOME=${TMPDIR:-/tmp}/home-$UID; fi
+  export HOME
+fi
 unset CDPATH # `cd` would print where it went, and may go elsewhere
 
 say() { echo "$me: $*" >&2 || true; } # whoever read it may be gone

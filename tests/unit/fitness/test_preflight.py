@@ -163,7 +163,7 @@ def test_a_host_whose_name_has_no_address_is_refused_where_gloo_would_crash(
     monkeypatch.setattr(facts, "address_error", lambda name: "Name or service not known")
     monkeypatch.setenv("HOROVOD_CONTROLLER", controller)
     if refused:
-        with pytest.raises(JobError, match="has no address.*/etc/hosts"):
+        with pytest.raises(JobError, match=r"has no address.*/etc/hosts"):
             preflight.check(load_config(None, []))
     else:
         preflight.check(load_config(None, []))

@@ -188,3 +188,9 @@ def test_too_few_files_are_refused_in_words(project: Project) -> None:
 def test_the_ranks_are_as_many_as_the_gpus_that_cuda_shows(project: Project, setting: str, ranks: str) -> None:
     project.program("nvidia-smi", "printf 'GPU %s: A100 (UUID: GPU-%s-x)\\n' 0 a 1 b")
     assert f"-np {ranks} " in project.run("launch/local.sh", "--dry-run", CUDA_VISIBLE_DEVICES=setting).stdout
+
+
+def test_mpirun_has_a_home_though_the_user_has_none(project: Project) -> None:
+    project.program("mpirun", "echo ${HOME:-none}")
+    home = project.run("env", "-u", "HOME", "launch/local.sh").stdout.strip()
+    assert home.startswith("/") and home != "/"
