@@ -67,6 +67,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     found = [
         checks.python(known["python"], f"{platform.system()} {platform.machine()}"),
+        checks.hiding(facts.hiding(os.environ.get("PYTHONPATH", ""), os.environ.get("LD_LIBRARY_PATH", ""))),
         checks.numpy(packages),
         checks.wheels(packages),
         checks.mxnet(facts.mxnet()),

@@ -6,6 +6,7 @@ Horovod are imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from job.distributed.cgroup import cpu_quota
 
 _HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
 _MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
@@ -58,8 +60,13 @@ def _refuse(message: str) -> NoReturn:
 
 
 def cores() -> int:
-    """How many cores this process may use: those that it may run on, or fewer if a container grants less time."""
+    """How many cores the ranks of this node may use together: those that this process may run on, or fewer if a
+    container grants less time. Where mpirun has bound each rank to some (--bind-to), those that mpirun itself may use.
+    """
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    if os.environ.get(_BOUND) == "1":
+        with contextlib.suppress(OSError):
+            allowed = max(allowed, len(os.sched_getaffinity(os.getppid())))
     return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
@@ -70,7 +77,7 @@ def share_cores() -> None:
     that each claim the same cores slow one another down. A value that the user has set stands.
     """
     ranks = placement().local_size
-    share = max(1, cores() // ranks)
+    share = min(len(os.sched_getaffinity(0)), max(1, cores() // ranks))  # fewer, if it is bound to fewer
     os.environ["OMP_NUM_THREADS"] = str(_threads(os.environ.get("OMP_NUM_THREADS", "").strip(), share))
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

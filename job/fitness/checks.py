@@ -347,6 +347,16 @@ def nccl(answer: Answer) -> Check:
     return Check("nccl", "ok", f"Horovod uses NCCL {major}.{rest // 100}.{rest % 100}")
 
 
+def hiding(found: Sequence[str]) -> Check:
+    """``found`` as of :func:`job.fitness.facts.hiding`."""
+    if found:
+        told = "; ".join(found)
+        variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if f"(of {name})" in told]
+        remedy = f"unset {' '.join(variables)}; the launchers in launch/ leave such folders out by themselves"
+        return Check("search paths", "fail", f"{told}, and hides what .venv holds", remedy)
+    return Check("search paths", "ok", "nothing hides a package of .venv")
+
+
 def environment(names: Iterable[str]) -> Check:
     """A note: what else decides how the job behaves. Names alone, for a value may be a secret."""
     telling = re.compile(r"(HOROVOD|OMPI|PMIX|MXNET|NCCL|CUDA|OMP|KMP|JOB)_")

@@ -88,6 +88,7 @@ def collect(disk: Disk, data: Data) -> dict[str, Any]:
     """What every host of a job can be compared by; the object ``facts`` of ``doctor.py --json``."""
     return {
         "hostname": socket.gethostname(),
+        "machine": machine(),
         "commit": commit(),
         "python": platform.python_version(),
         "packages": packages(),
@@ -119,6 +120,40 @@ def packages() -> dict[str, str]:
     return versions
 
 
+def hiding(python_path: str, library_path: str) -> list[str]:
+    """What hides packages of this environment: ``FOLDER (of VARIABLE) holds FILE``, for folders of the two lists."""
+    modules = (
+        "numpy",
+        "mxnet",
+        "horovod",
+        "numba",
+        "pydantic",
+        "pydantic_core",
+        "yaml",
+        "psutil",
+        "rich",
+        "tensorboardX",
+    )
+    libraries = "libmpi.so* libopen-rte.so* libopen-pal.so* libpmix.so*".split()
+    found = []
+    for variable, folders, names in (
+        ("PYTHONPATH", python_path, modules), ("LD_LIBRARY_PATH", library_path, libraries),
+    ):  # fmt: skip
+        for folder in filter(None, folders.split(os.pathsep)):
+            held = [path.name for name in names for path in Path(folder).glob(name)]
+            if held and not Path(folder).resolve().is_relative_to(Path(sys.prefix).resolve()):
+                found.append(f"{folder} (of {variable}) holds {held[0]}")
+    return found
+
+
+def machine() -> str:
+    """The same for two names of one machine; empty if it cannot be told. Containers with own networks count as own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+
+
 def interfaces() -> dict[str, list[str]]:
     """The IPv4 addresses of each network interface."""
     addresses = psutil.net_if_addrs()
@@ -147,8 +182,8 @@ def data(config: DataConfig) -> Data:
     """Where Fashion-MNIST is, verified; nothing is fetched."""
     try:
         from job.data import idx  # it needs numpy, which may be what is broken
-    except ImportError as error:
-        return Data(error=f"cannot be looked for: {error}")
+    except Exception as error:  # a foreign or half numpy fails in any way
+        return Data(error=f"cannot be looked for: {_reason(error).splitlines()[0]}")
     try:
         paths = within(PROBE_SECONDS, lambda: idx.locate(config))
     except (DataError, OSError) as error:

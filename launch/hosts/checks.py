@@ -197,6 +197,7 @@ def judge(answers: Sequence[Answer], root: Path) -> list[Problem]:
     return [
         *(answer.problem for answer in answers if answer.problem),
         *_complaints(there),
+        *_aliases(there),
         *_odd_commits(there, root),
         *_odd_packages(there, root),
         *_misplaced_checkpoints(answers),
@@ -212,6 +213,16 @@ def _complaints(answers: Sequence[Answer]) -> Iterator[Problem]:
             wrong = check["status"] == "fail" or (check["status"] == "warn" and check["name"] == "hostname")
             if wrong and (writes or check["name"] not in ("disk", "run.dir")):
                 yield Problem(answer.host, check["name"], check["message"], check["remedy"])
+
+
+def _aliases(answers: Sequence[Answer]) -> Iterator[Problem]:
+    """One machine by two names would give two ranks the same GPU, and each the cores of both."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        machine = answer.facts.get("machine")
+        if machine and first.setdefault(machine, answer.host) != answer.host:
+            message = f"is the same machine as {first[machine]}"
+            yield Problem(answer.host, "host", message, "name it once in the hostfile, with slots=N")
 
 
 def _odd_commits(answers: Sequence[Answer], root: Path) -> Iterator[Problem]:

@@ -79,6 +79,19 @@ def test_variables_left_over_from_another_job_are_refused_and_not_believed(monke
         connect(1.0)
 
 
+@pytest.mark.parametrize(("own", "threads"), [(1, "1"), (2, "2"), (32, "8")], ids=["core", "hyperthreads", "socket"])
+def test_cores_that_mpirun_has_bound_a_rank_to_are_not_those_of_all(
+    monkeypatch: pytest.MonkeyPatch, own: int, threads: str
+) -> None:
+    announce(monkeypatch, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": 8})
+    with_cores(monkeypatch, 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64 if pid == os.getppid() else own)))
+    monkeypatch.setenv("OMPI_MCA_orte_bound_at_launch", "1")
+    assert cores() == 64
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 def first_words(**variables: str) -> tuple[int, str]:
     """How ``share_cores`` ends a process with these variables, and what is said."""
     program = "import os; from job.distributed.placement import share_cores; share_cores(); print('went on')"

@@ -148,6 +148,10 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "NCCL": (checks.nccl(answer(HOROVOD, nccl=22105)), "ok", ["NCCL 2.21.5"]),
     "NCCL before 2.9": (checks.nccl(answer(HOROVOD, nccl=2804)), "ok", ["NCCL 2.8.4"]),
     "no NCCL": (checks.nccl(answer(HOROVOD)), "warn", ["without NCCL", "launch/setup.sh --gpu"]),
+    "a clear search path": (checks.hiding([]), "ok", ["nothing"]),
+    "another numpy": (
+        checks.hiding(["/site (of PYTHONPATH) holds numpy"]), "fail", ["/site", "numpy", "unset PYTHONPATH;"],
+    ),
     "no telling variable": (checks.environment(["HOME", "PATH"]), "ok", ["no variable"]),
     "telling variables": (checks.environment(["HOME", "NCCL_DEBUG", "HOROVOD_X"]), "ok", ["HOROVOD_X, NCCL_DEBUG"]),
 }  # fmt: skip

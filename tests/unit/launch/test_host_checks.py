@@ -147,6 +147,12 @@ def test_equal_hosts_have_no_problem() -> None:
     assert told(answer("a"), answer("b"), answer("c")) == []
 
 
+def test_one_machine_by_two_names_is_refused() -> None:
+    assert told(answer("a", machine="1"), answer("b", machine="2"), answer("c", machine="1"), answer("d")) == [
+        "c: host: is the same machine as a; name it once in the hostfile, with slots=N"
+    ]
+
+
 def test_the_host_that_differs_is_named_and_not_the_others() -> None:
     assert told(answer("a", commit="b" * 40), answer("b"), answer("c")) == [
         "a: commit: bbbbbbbbbb, where 2 others have aaaaaaaaaa; bring /opt/job to one commit on all hosts"
