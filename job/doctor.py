@@ -79,6 +79,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         checks.cores(ranks, cores()),
         checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
         checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus),
+        checks.left_over(facts.left_in_shared_memory()),
         checks.memory(facts.memory_bytes(), ranks),
         checks.open_files(facts.open_files()),
         checks.disk(disk, config),

@@ -173,6 +173,14 @@ def shared_memory(shm: Disk, ranks: int, on_gpus: bool) -> Check:
     return Check("shared memory", "ok", message)
 
 
+def left_over(files: Sequence[str]) -> Check:
+    """``files`` as of :func:`job.fitness.facts.left_in_shared_memory`."""
+    if files:
+        message = f"{_count(len(files), 'file')} in /dev/shm of an mpirun that was killed, 4 MiB each"
+        return Check("left over", "warn", message, f"rm {' '.join(files[:4])}{' ...' * (len(files) > 4)}")
+    return Check("left over", "ok", "nothing of a killed mpirun in /dev/shm")
+
+
 def memory(available_bytes: int, ranks: int) -> Check:
     """What is left of the machine's memory, or of the container's."""
     message = f"{_size(available_bytes)} for {_count(ranks, 'rank')}"

@@ -146,6 +146,19 @@ def hiding(python_path: str, library_path: str) -> list[str]:
     return found
 
 
+def left_in_shared_memory(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:
+    """What an mpirun that was killed has left there: files of Open MPI that no process that we may look at uses."""
+    files = [str(file) for file in sorted(folder.glob("vader_segment.*"))] if folder.is_dir() else []
+    files += [str(file) for file in sorted(folder.glob("local.sh.*/vader_segment.*"))]
+    if not files:
+        return []
+    used = ""
+    for maps in processes.glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used += maps.read_text(errors="replace")
+    return [file for file in files if os.access(file, os.W_OK) and file not in used]
+
+
 def machine() -> str:
     """The same for two names of one machine; empty if it cannot be told. Containers with own networks count as own."""
     try:

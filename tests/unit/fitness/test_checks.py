@@ -148,6 +148,8 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "NCCL": (checks.nccl(answer(HOROVOD, nccl=22105)), "ok", ["NCCL 2.21.5"]),
     "NCCL before 2.9": (checks.nccl(answer(HOROVOD, nccl=2804)), "ok", ["NCCL 2.8.4"]),
     "no NCCL": (checks.nccl(answer(HOROVOD)), "warn", ["without NCCL", "launch/setup.sh --gpu"]),
+    "nothing left over": (checks.left_over([]), "ok", ["nothing"]),
+    "left over": (checks.left_over(["/dev/shm/x"]), "warn", ["1 file in /dev/shm", "rm /dev/shm/x"]),
     "a clear search path": (checks.hiding([]), "ok", ["nothing"]),
     "another numpy": (
         checks.hiding(["/site (of PYTHONPATH) holds numpy"]), "fail", ["/site", "numpy", "unset PYTHONPATH;"],

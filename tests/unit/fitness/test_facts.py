@@ -338,3 +338,12 @@ def test_a_numpy_that_fails_in_its_own_way_is_a_fact_and_not_the_doctors_end(
 
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert facts.data(DataConfig()).error == "cannot be looked for: module 'numpy' has no attribute 'ndarray'"
+
+
+def test_shared_memory_that_no_process_uses_any_more_is_left_over(tmp_path: Path) -> None:
+    for name in ("vader_segment.h.0.1.0", "vader_segment.h.0.2.0", "another"):
+        (tmp_path / name).touch()
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "maps").write_text(f"7f00-7f01 rw-s 00000000 00:1b 5   {tmp_path}/vader_segment.h.0.2.0\n")
+    assert facts.left_in_shared_memory(tmp_path, tmp_path) == [f"{tmp_path}/vader_segment.h.0.1.0"]
+    assert facts.left_in_shared_memory(tmp_path / "gone", tmp_path) == []

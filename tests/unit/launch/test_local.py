@@ -194,3 +194,15 @@ def test_mpirun_has_a_home_though_the_user_has_none(project: Project) -> None:
     project.program("mpirun", "echo ${HOME:-none}")
     home = project.run("env", "-u", "HOME", "launch/local.sh").stdout.strip()
     assert home.startswith("/") and home != "/"
+
+
+def test_the_shared_memory_of_an_mpirun_that_was_killed_is_removed(project: Project) -> None:
+    project.program(
+        "mpirun",
+        """folder=$OMPI_MCA_btl_vader_backing_directory; touch "$folder/segment" && echo "$folder"
+kill -KILL $$""",
+    )
+    done = project.run("launch/local.sh")
+    assert done.returncode == 1
+    assert done.stdout.startswith("/dev/shm/local.sh.")
+    assert not Path(done.stdout.strip()).exists()
