@@ -246,7 +246,7 @@ def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -
     )
     if done.returncode or "--help" in arguments or "-h" in arguments:
         print(done.stdout, end="")
-        sys.exit(done.returncode)
+        sys.exit(done.returncode if done.returncode >= 0 else 1)
     config: dict[str, Any] = yaml.safe_load(done.stdout)
     return config
 

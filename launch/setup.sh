@@ -83,7 +83,8 @@ main() {
 # A stage is done when its stamp holds the hash of all that it depends on. The path is part of it, as scripts in .venv
 # carry it: a checkout that was moved is set up again.
 key() { # key STAGE
-  local inputs="$(readlink -f "$venv") $python_version $variant$without_dev"
+  local inputs
+  inputs="$(readlink -f "$venv") $python_version $variant$without_dev"
   case $1 in
     venv) ;;
     packages) inputs+=$(cat "$lock") ;;

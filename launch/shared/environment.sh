@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 # What the shell launchers share. To be sourced, with `root`, the project's folder, and `me`, what messages begin with.
 
 set +o posix # where sh is bash
