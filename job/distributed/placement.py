@@ -90,5 +90,6 @@ def _threads(setting: str, share: int) -> int:
     """
     first = setting.partition(",")[0].strip() or str(share)
     if not re.fullmatch(r"0*[1-9]\d{0,5}", first):
-        _refuse(f"OMP_NUM_THREADS={setting} is not a number of threads; unset it, and each rank takes its share of the cores")
+        remedy = "unset it, and each rank takes its share of the cores"
+        _refuse(f"OMP_NUM_THREADS={setting} is not a number of threads; {remedy}")
     return int(first)
