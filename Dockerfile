@@ -20,6 +20,7 @@ RUN apt-get update \
 WORKDIR /opt/job
 COPY requirements-cpu.txt requirements-gpu.txt ./
 COPY launch/setup.sh launch/
+COPY launch/shared/environment.sh launch/shared/
 
 FROM build AS build-cpu
 # What built Horovod and what installed it has no work left, and its debugging symbols are most of its size.

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from job.distributed.placement import placement
+from job.distributed.placement import launched, placement
 from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
 
 _HOLD_SECONDS = 10.0
@@ -52,7 +52,7 @@ def _let_another_rank_speak() -> None:
     All find the same mistake in the configuration, and rank 0 tells it. All lose the rank that failed, and that one
     knows why.
     """
-    if placement().rank > 0:
+    if placement().rank > 0 and launched():
         time.sleep(_HOLD_SECONDS)
 
 

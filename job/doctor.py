@@ -67,6 +67,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     found = [
         checks.python(known["python"], f"{platform.system()} {platform.machine()}"),
+        checks.hiding(facts.hiding(os.environ.get("PYTHONPATH", ""), os.environ.get("LD_LIBRARY_PATH", ""))),
         checks.numpy(packages),
         checks.wheels(packages),
         checks.mxnet(facts.mxnet()),
@@ -78,6 +79,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         checks.cores(ranks, cores()),
         checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
         checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus),
+        checks.left_over(facts.left_in_shared_memory()),
         checks.memory(facts.memory_bytes(), ranks),
         checks.open_files(facts.open_files()),
         checks.disk(disk, config),

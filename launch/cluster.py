@@ -41,7 +41,13 @@ from launch.hosts.supervise import SILENCE_SECONDS, Job, Site
 from launch.shared.arguments import with_auto_resume
 
 # What a rank may get from the environment of the launcher. Everything else stays here, and secrets with it.
-_ALLOWED = re.compile(r"(HOROVOD|MXNET|NCCL|GLOO|OMP|KMP|OMPI_MCA)_\w+|LANG|LC_\w+|TZ")
+_ALLOWED = re.compile(
+    "|".join(
+        line
+        for line in (ROOT / "launch" / "shared" / "variables").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+)
 
 _RESOLVE_SECONDS = 5.0  # for all names together
 
@@ -62,8 +68,8 @@ hosts are checked before any rank starts. A host that lacks something, or has an
 named. Your own ssh settings decide which host keys are trusted. `ssh HOST true` must work without asking anything.
 
 The ranks get these variables of your environment: HOROVOD_*, MXNET_*, NCCL_*, GLOO_*, OMP_*, KMP_*, OMPI_MCA_*, LANG,
-LC_*, TZ, and those that you name with -x. They get no others. The variables travel inside the ssh connection, and no
-command line shows them.
+LC_*, TZ, those of proxies, and those that you name with -x. They get no others. The variables travel inside the ssh
+connection, and no command line shows them.
 
 To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
 run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint. A second
@@ -249,7 +255,7 @@ def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -
     )
     if done.returncode or "--help" in arguments or "-h" in arguments:
         print(done.stdout, end="")
-        sys.exit(done.returncode)
+        sys.exit(done.returncode if done.returncode >= 0 else 1)
     config: dict[str, Any] = yaml.safe_load(done.stdout)
     return config
 
@@ -305,21 +311,23 @@ def check_hosts(
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
     run_dir = Path(os.getcwd(), config["run"]["dir"])
     question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
-    scripts = {host.name: question.script(host.slots) for host in asked}
     commands = {
-        host: [*as_after_login(), *script] if host in local else ssh.command(host, script, first_contact=True)
-        for host, script in scripts.items()
+        host.name: [*as_after_login(), *checks.SHELL]
+        if host.name in local
+        else ssh.command(host.name, checks.SHELL, first_contact=True)
+        for host in asked
     }
+    ranks = {host.name: host.slots for host in asked}
     with Console(stderr=True).status(f"asking {len(asked)} hosts"):
-        answers = checks.ask_all(commands, question, options.check_timeout)
+        answers = checks.ask_all(commands, question, options.check_timeout, ranks)
     checks.place(answers, local)
     problems = checks.judge(answers, ROOT)
     problems += checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
     gpus = {answer.host: answer.gpus for answer in answers}
-    ranks = {host: len(variables) for host, variables in allocate(hosts, options.np, gpus).items()}
+    placed = {host: len(slots) for host, slots in allocate(hosts, options.np, gpus).items()}
     chosen = checks.interfaces(answers, options.network_interface)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(checks.table(answers, ranks, chosen, problems))
+    console.print(checks.table(answers, placed, chosen, problems))
     for problem in problems:
         if problem.warning:
             print(f"warning: {problem}", flush=True)

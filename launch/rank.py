@@ -65,7 +65,8 @@ exit codes:   0 done, 1 failed, 2 bad configuration or usage (no rank was starte
               written, 128 + N stopped by signal N without a checkpoint
 
 To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
-run.resume or run.overwrite. SIGTERM and SIGUSR1 go on to the ranks, which stop after their step.
+run.resume or run.overwrite. SIGTERM and SIGUSR1 go on to the ranks, which stop after their step; after a second one
+they have five seconds to end.
 """
 
 PORT = 29400
@@ -73,6 +74,7 @@ START_SECONDS = 600  # images are pulled, and pods wait for machines
 POLL_SECONDS = 0.2
 NEWS_SECONDS = 15.0  # between lines that say what is waited for
 END_SECONDS = 5.0  # from SIGTERM to SIGKILL, for ranks that outlive one that failed
+ECHO_SECONDS = 1.0  # launchers and process groups deliver one signal twice
 LEAVE_SECONDS = 60.0  # for ranks to end after the first one has ended well
 
 
@@ -366,6 +368,8 @@ class Ranks:
     def __init__(self) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._passed_on: set[int] = set()
+        self._asked = 0.0  # when the first signal came
+        self._last_moment = float("inf")  # for ranks that are asked again and do not end
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
@@ -393,11 +397,11 @@ class Ranks:
                         _signal_all(running.values(), signal.SIGTERM)
                         deadline = time.monotonic() + END_SECONDS
                 deadline = min(deadline, time.monotonic() + LEAVE_SECONDS)
-            if running and time.monotonic() > deadline:
+            if running and time.monotonic() > min(deadline, self._last_moment):
                 for rank in running:
                     print(f"error: rank {rank}: does not end by itself and is killed", file=sys.stderr, flush=True)
                 _signal_all(running.values(), signal.SIGKILL)
-                deadline = float("inf")
+                deadline = self._last_moment = float("inf")
             time.sleep(POLL_SECONDS / 2)
         return code
 
@@ -412,6 +416,10 @@ class Ranks:
         if not self._processes:
             sys.exit(128 + number)  # before there is anything to save
         self._passed_on.add(number)
+        if not self._asked:
+            self._asked = time.monotonic()
+        elif time.monotonic() > self._asked + ECHO_SECONDS:
+            self._last_moment = min(self._last_moment, time.monotonic() + END_SECONDS)
         _signal_all(self._processes.values(), number)
 
 
@@ -437,7 +445,7 @@ def main(arguments: Sequence[str]) -> int:
     ranks = Ranks()
     checked = subprocess.run(
         [*train, "--check"],
-        env={**os.environ, **variables[task.ranks[0][0]]},
+        env={**os.environ, **variables[task.ranks[0][0]], "HOROVOD_CONTROLLER": "gloo"},
         stdout=None if options.check else subprocess.DEVNULL,
     ).returncode
     if checked or options.check:

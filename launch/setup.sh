@@ -6,6 +6,7 @@
 # It makes .venv beside job/: a Python that MXNet 1.9.1 accepts, the exact packages of requirements-*.txt, and Horovod
 # built against them. Each stage leaves a stamp with a hash of what it was made from, so a second call finds nothing to
 # do, a changed lock redoes only what it touches, and a call that was cut short is taken up where it can be trusted.
+[ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # sh launch/setup.sh
 set -euo pipefail
 
 usage() {
@@ -26,7 +27,13 @@ environment:
 END
 }
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+me=launch/setup.sh
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
+# shellcheck source=launch/shared/environment.sh
+. "$root/launch/shared/environment.sh"
+# Each of these has pip put packages elsewhere than into .venv, or has them found elsewhere.
+unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_PYTHON PYTHONPATH PYTHONHOME
+leave_out LD_LIBRARY_PATH 'libmpi.so*' 'libopen-rte.so*' 'libopen-pal.so*' 'libpmix.so*'
 venv=$root/.venv
 state=$root/.setup # the log and the lock live outside .venv, so that they outlive one that is thrown away
 log=$state/log
@@ -78,7 +85,8 @@ main() {
 # A stage is done when its stamp holds the hash of all that it depends on. The path is part of it, as scripts in .venv
 # carry it: a checkout that was moved is set up again.
 key() { # key STAGE
-  local inputs="$venv $python_version $variant$without_dev"
+  local inputs
+  inputs="$(readlink -f "$venv") $python_version $variant$without_dev"
   case $1 in
     venv) ;;
     packages) inputs+=$(cat "$lock") ;;
@@ -131,6 +139,11 @@ print(version)
 choose_python() {
   next_step "looking for Python 3.9 to 3.11 and a C++ compiler"
   local candidate reason rejected=() candidates=(python3.11 python3.10 python3.9 python3)
+  # A link to an environment that is ready for this lock has been taken; what else it leads to belongs to somebody.
+  if [[ -L $venv ]] && compgen -G "$venv/*" >/dev/null; then
+    fail "$venv is a link to $(readlink -f "$venv"), which is not the environment of this checkout." \
+      "Remove the link (rm $venv), or set up the checkout that it leads to; then run this again."
+  fi
   [[ $(uname -sm) == "Linux x86_64" ]] ||
     fail "MXNet 1.9.1 exists only for Linux on x86-64, and this is $(uname -sm)."
   if [[ -n ${PYTHON:-} ]]; then
@@ -171,8 +184,15 @@ choose_python() {
   end_step "Python $python_version"
 }
 
+# A stamp alone does not tell: pip may have been made to put the packages elsewhere.
+packages_are_there() {
+  "$venv/bin/python" -c '# no "import mxnet", which needs a driver
+import importlib.util, sys
+sys.exit(not importlib.util.find_spec("mxnet"))' 2>/dev/null
+}
+
 # Without the packages stamp it was cut short while pip wrote into it, and nothing in it can be trusted.
-venv_is_sound() { stamped venv "$(key venv)" && [[ -f $venv/.stamps/packages ]]; }
+venv_is_sound() { packages_are_there && stamped venv "$(key venv)" && [[ -f $venv/.stamps/packages ]]; }
 
 make_venv() {
   if venv_is_sound && "$venv/bin/python" -c ''; then

@@ -18,10 +18,10 @@ from typing import Any, Optional
 import mxnet as mx
 import numpy as np
 
-from job.distributed.placement import placement
+from job.distributed.placement import launched, placement
 from job.distributed.roll_call import RollCall
 from job.distributed.watchdog import Watchdog, is_orphan, tell
-from job.errors import PeerLostError
+from job.errors import PeerLostError, UsageError
 
 _TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
@@ -199,5 +199,14 @@ def peer_errors() -> Iterator[None]:
 
 
 def connect(timeout_seconds: float, timeline: bool = False) -> Comm:
-    """Join the job that the launcher announced; a process on its own if there was no launcher."""
+    """Join the job that the launcher announced; a process on its own if there was no launcher.
+
+    Raises:
+        UsageError: the variables of a rank are there, and no launcher is.
+    """
+    if not launched():
+        raise UsageError(
+            f"HOROVOD_RANK and HOROVOD_SIZE say that this is rank {placement().rank} of {placement().size}, but no"
+            " launcher started it: unset them, they are left over from another job"
+        )
     return HorovodComm(timeout_seconds, timeline=timeline) if placement().size > 1 else Comm()

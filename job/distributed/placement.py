@@ -6,15 +6,18 @@ Horovod are imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import NamedTuple
+import re
+import sys
+from typing import NamedTuple, NoReturn
 
 from job.distributed.cgroup import cpu_quota
 
-_LAUNCHERS = (
-    ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-)
+_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
+_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
+_MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
 class Placement(NamedTuple):
@@ -27,16 +30,43 @@ class Placement(NamedTuple):
 
 
 def placement() -> Placement:
-    """The placement that the launcher announced; one process on its own if there was no launcher."""
-    for names in _LAUNCHERS:
-        if names[1] in os.environ:
-            return Placement(*(int(os.environ.get(name, default)) for name, default in zip(names, Placement())))
+    """The placement that the launcher announced; one process on its own if there was no launcher.
+
+    Horovod's own variables, where they are left over from another job, do not count beside those of mpirun.
+    """
+    for names in (_HOROVOD, _MPI) if os.environ.get(_MEETING) or not os.environ.get(_MPI[1]) else (_MPI,):
+        if os.environ.get(names[1]):
+            return Placement(*(_number(name, default) for name, default in zip(names, Placement())))
     return Placement()
 
 
+def launched() -> bool:
+    """Whether a launcher that can bring ranks together has started this process, or it is on its own."""
+    return bool(placement().size == 1 or os.environ.get(_MEETING) or os.environ.get(_MPI[1]))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,7}", text):
+        _refuse(f"{name}={text} is not a number; a launcher sets it: unset it")
+    return int(text)
+
+
+def _refuse(message: str) -> NoReturn:
+    """End this process as bad usage does. For what is read before anything that could tell it is imported."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
 def cores() -> int:
-    """How many cores this process may use: those that it may run on, or fewer if a container grants less time."""
+    """How many cores the ranks of this node may use together: those that this process may run on, or fewer if a
+    container grants less time. Where mpirun has bound each rank to some (--bind-to), those that mpirun itself may use.
+    """
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    if os.environ.get(_BOUND) == "1":
+        with contextlib.suppress(OSError):
+            allowed = max(allowed, len(os.sched_getaffinity(os.getppid())))
     return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
@@ -47,8 +77,21 @@ def share_cores() -> None:
     cores compute operators of several shards side by side. A value that the user has set stands.
     """
     ranks = placement().local_size
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("MXNET_CPU_WORKER_NTHREADS", str(max(1, cores() // ranks)))
+    os.environ["OMP_NUM_THREADS"] = str(_threads(os.environ.get("OMP_NUM_THREADS", "").strip()))
+    share = min(len(os.sched_getaffinity(0)), max(1, cores() // ranks))  # fewer, if it is bound to fewer
+    os.environ.setdefault("MXNET_CPU_WORKER_NTHREADS", str(share))
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "64")  # or operators wait for one another's scratch memory
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def _threads(setting: str) -> int:
+    """What the user's OMP_NUM_THREADS means. OpenMP knows lists, a number a level of nesting, of which MXNet has one.
+
+    MXNet and OpenMP crash on other texts, or take a number of their own.
+    """
+    first = setting.partition(",")[0].strip() or "1"
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", first):
+        remedy = "unset it, and an operator takes one thread"
+        _refuse(f"OMP_NUM_THREADS={setting} is not a number of threads; {remedy}")
+    return int(first)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 _POLL_SECONDS = 0.5
+_PAUSE_SECONDS = 2.0  # a look that comes so much too late tells that this process was itself stopped
 
 
 def tell(message: str, stacks: bool = True) -> None:
@@ -42,6 +43,9 @@ class Watchdog:
     """Calls ``on_expiry`` with a message when something guarded is late, or the process is an orphan.
 
     One daemon thread looks at all guarded waits, so that guarding costs no more than two dictionary operations.
+
+    Time for which the process was stopped (SIGSTOP, ``docker pause``, a batch system that suspends a job) counts for no
+    wait: the other ranks were mostly stopped with it.
     """
 
     def __init__(
@@ -49,10 +53,13 @@ class Watchdog:
         limit_seconds: float,
         on_expiry: Callable[[str], None] = end_process,
         orphaned: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit_seconds = limit_seconds
         self._on_expiry = on_expiry
         self._orphaned = orphaned
+        self._clock = clock
+        self._stopped_seconds = 0.0  # that this process has been, in all
         self._waits: dict[object, tuple[float, float, str]] = {}
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -62,7 +69,7 @@ class Watchdog:
         """Bound the time that the block may take, by default to the watchdog's limit; ``what`` names the block."""
         key = object()
         limit = self.limit_seconds if limit_seconds is None else limit_seconds
-        self._waits[key] = (time.monotonic() + limit, limit, what)
+        self._waits[key] = (self._now() + limit, limit, what)
         try:
             yield
         finally:
@@ -72,11 +79,20 @@ class Watchdog:
         """Stop watching."""
         self._closed.set()
 
+    def _now(self) -> float:
+        """The seconds that this process could run."""
+        return self._clock() - self._stopped_seconds
+
     def _watch(self) -> None:
-        while not self._closed.wait(min(_POLL_SECONDS, self.limit_seconds / 4)):
+        interval, looked = min(_POLL_SECONDS, self.limit_seconds / 4), self._clock()
+        while not self._closed.wait(interval):
+            before, looked = looked, self._clock()
+            late = looked - before - interval
+            if late > _PAUSE_SECONDS:
+                self._stopped_seconds += late
             if self._orphaned():
                 end_process("the launcher has died")
             for deadline, limit, what in list(self._waits.values()):
-                if time.monotonic() > deadline:
+                if self._now() > deadline:
                     self._on_expiry(f"{what}: no answer within {limit:g} s")
                     return

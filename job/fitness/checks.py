@@ -175,6 +175,14 @@ def shared_memory(shm: Disk, ranks: int, on_gpus: bool) -> Check:
     return Check("shared memory", "ok", message)
 
 
+def left_over(files: Sequence[str]) -> Check:
+    """``files`` as of :func:`job.fitness.facts.left_in_shared_memory`."""
+    if files:
+        message = f"{_count(len(files), 'file')} in /dev/shm of an mpirun that was killed, 4 MiB each"
+        return Check("left over", "warn", message, f"rm {' '.join(files[:4])}{' ...' * (len(files) > 4)}")
+    return Check("left over", "ok", "nothing of a killed mpirun in /dev/shm")
+
+
 def memory(available_bytes: int, ranks: int) -> Check:
     """What is left of the machine's memory, or of the container's."""
     message = f"{_size(available_bytes)} for {_count(ranks, 'rank')}"
@@ -240,11 +248,12 @@ def clock(unix: Sequence[float], monotonic: Sequence[float]) -> Check:
     return Check("clock", "ok", "steady")
 
 
-def hostname(name: str, error: str) -> Check:
-    """``error`` of looking up its address."""
+def hostname(name: str, error: str, over_gloo: bool = False) -> Check:
+    """``error`` of looking up its address, without which Gloo ends every rank with a segmentation fault."""
     if error:
         remedy = f"add it to /etc/hosts: 127.0.1.1 {name}; several hosts need a name that all can look up"
-        return Check("hostname", "warn", f"{name} has no address: {error}", remedy)
+        status = "fail" if over_gloo else "warn"
+        return Check("hostname", status, f"this host's name, {name}, has no address: {error}", remedy)
     return Check("hostname", "ok", f"{name} has an address")
 
 
@@ -346,6 +355,16 @@ def nccl(answer: Answer) -> Check:
     unit = 1000 if code < 10000 else 10000  # NCCL 2.8 and before: 2804; since 2.9: 20908
     major, rest = divmod(code, unit)
     return Check("nccl", "ok", f"Horovod uses NCCL {major}.{rest // 100}.{rest % 100}")
+
+
+def hiding(found: Sequence[str]) -> Check:
+    """``found`` as of :func:`job.fitness.facts.hiding`."""
+    if found:
+        told = "; ".join(found)
+        variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if f"(of {name})" in told]
+        remedy = f"unset {' '.join(variables)}; the launchers in launch/ leave such folders out by themselves"
+        return Check("search paths", "fail", f"{told}, and hides what .venv holds", remedy)
+    return Check("search paths", "ok", "nothing hides a package of .venv")
 
 
 def environment(names: Iterable[str]) -> Check:

@@ -29,6 +29,7 @@ import psutil
 
 from job.config import ROOT, DataConfig
 from job.distributed import cgroup
+from job.distributed.gpus import count, listing, visible
 from job.errors import DataError
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ def collect(disk: Disk, data: Data) -> dict[str, Any]:
     """What every host of a job can be compared by; the object ``facts`` of ``doctor.py --json``."""
     return {
         "hostname": socket.gethostname(),
+        "machine": machine(),
         "commit": commit(),
         "python": platform.python_version(),
         "packages": packages(),
@@ -118,6 +120,53 @@ def packages() -> dict[str, str]:
     return versions
 
 
+def hiding(python_path: str, library_path: str) -> list[str]:
+    """What hides packages of this environment: ``FOLDER (of VARIABLE) holds FILE``, for folders of the two lists."""
+    modules = (
+        "numpy",
+        "mxnet",
+        "horovod",
+        "numba",
+        "pydantic",
+        "pydantic_core",
+        "yaml",
+        "psutil",
+        "rich",
+        "tensorboardX",
+    )
+    libraries = "libmpi.so* libopen-rte.so* libopen-pal.so* libpmix.so*".split()
+    found = []
+    for variable, folders, names in (
+        ("PYTHONPATH", python_path, modules), ("LD_LIBRARY_PATH", library_path, libraries),
+    ):  # fmt: skip
+        for folder in filter(None, folders.split(os.pathsep)):
+            held = [path.name for name in names for path in Path(folder).glob(name)]
+            if held and not Path(folder).resolve().is_relative_to(Path(sys.prefix).resolve()):
+                found.append(f"{folder} (of {variable}) holds {held[0]}")
+    return found
+
+
+def left_in_shared_memory(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:
+    """What an mpirun that was killed has left there: files of Open MPI that no process that we may look at uses."""
+    files = [str(file) for file in sorted(folder.glob("vader_segment.*"))] if folder.is_dir() else []
+    files += [str(file) for file in sorted(folder.glob("local.sh.*/vader_segment.*"))]
+    if not files:
+        return []
+    used = ""
+    for maps in processes.glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used += maps.read_text(errors="replace")
+    return [file for file in files if os.access(file, os.W_OK) and file not in used]
+
+
+def machine() -> str:
+    """The same for two names of one machine; empty if it cannot be told. Containers with own networks count as own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+
+
 def interfaces() -> dict[str, list[str]]:
     """The IPv4 addresses of each network interface."""
     addresses = psutil.net_if_addrs()
@@ -146,8 +195,8 @@ def data(config: DataConfig) -> Data:
     """Where Fashion-MNIST is, verified; nothing is fetched."""
     try:
         from job.data import idx  # it needs numpy, which may be what is broken
-    except ImportError as error:
-        return Data(error=f"cannot be looked for: {error}")
+    except Exception as error:  # a foreign or half numpy fails in any way
+        return Data(error=f"cannot be looked for: {_reason(error).splitlines()[0]}")
     try:
         paths = within(PROBE_SECONDS, lambda: idx.locate(config))
     except (DataError, OSError) as error:
@@ -172,7 +221,9 @@ def gpus(environment: Mapping[str, str] = os.environ) -> Gpus:
     if any(len(row) < 4 for row in rows):
         return Gpus(error=answer.text.strip().splitlines()[0])
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    return Gpus(tuple(_gpu(row) for row in rows if _visible(row[0], row[1], wanted)))
+    if "MIG" in (wanted or ""):  # part of a GPU, which this way of asking does not list
+        return Gpus(tuple(map(_gpu, rows[: count(listing(), wanted)])))
+    return Gpus(tuple(_gpu(rows[index]) for index in visible([row[1] for row in rows], wanted)))
 
 
 def mxnet() -> Answer:
@@ -310,16 +361,6 @@ def _gpu(row: Sequence[str]) -> Gpu:
     except (IndexError, ValueError):  # not asked for, or "[N/A]"
         return Gpu(name, None, driver)
     return Gpu(name, (major, minor), driver)
-
-
-def _visible(index: str, uuid: str, wanted: str | None) -> bool:
-    """Whether ``CUDA_VISIBLE_DEVICES`` lets a GPU be seen. A part of a GPU (MIG) cannot be told from its whole."""
-    if wanted is None or "MIG" in wanted:
-        return True
-    return any(
-        item == index or (item.startswith("GPU-") and uuid.startswith(item))
-        for item in wanted.replace(" ", "").split(",")
-    )
 
 
 def _existing(folder: Path) -> Path:

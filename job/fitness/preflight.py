@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def check(config: Config) -> list[Check]:
 
     Raises:
         UsageError: ``run.device`` cannot be had here.
-        JobError: the driver is too old, or there is no room for the run where rank 0 writes it.
+        JobError: the driver is too old, Gloo cannot connect this host, or there is no room where rank 0 writes.
     """
     ranks, device = placement().local_size, config.run.device
     gpus = facts.Gpus() if device == "cpu" else facts.gpus()
@@ -30,6 +31,9 @@ def check(config: Config) -> list[Check]:
         found.append(checks.driver(gpus))
     if placement().rank == 0:
         found.append(checks.disk(facts.disk(config.run.dir), config))
+    if placement().size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
+        name = socket.gethostname()
+        found.append(checks.hostname(name, facts.address_error(name), over_gloo=True))
     if ranks > 1:
         found.append(checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus))
     for failed in (check for check in found if check.status == "fail"):

@@ -33,6 +33,7 @@ import sys
 import threading
 from typing import IO, Any
 
+_LISTEN_SECONDS = 1.0
 _DRAIN_SECONDS = 5.0  # for the output of a rank that has ended, should a process that it left hold the pipe
 
 
@@ -104,13 +105,23 @@ class Agent:
 
     def _listen(self) -> None:
         signals = {b"term": signal.SIGTERM, b"kill": signal.SIGKILL}
-        while select.select([self._words], [], [], self._plan["silence_seconds"])[0] and (
-            line := self._words.readline()
-        ):
+        while self._hears() and (line := self._words.readline()):
             if line.strip() in signals:
                 self.signal(signals[line.strip()])
         self.signal(signal.SIGTERM)
         threading.Timer(self._plan["grace_seconds"], self.signal, [signal.SIGKILL]).start()
+
+    def _hears(self) -> bool:
+        """Wait for a word. Silence is counted in short waits, not by the clock: while this host was itself paused, the
+        words of a launcher that was paused with it could not come.
+        """
+        left = self._plan["silence_seconds"]
+        while left > 0:
+            wait = min(_LISTEN_SECONDS, left)
+            if select.select([self._words], [], [], wait)[0]:
+                return True
+            left -= wait
+        return False
 
 
 def _signal_group(rank: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -24,15 +24,18 @@ _NO_DIRECTORY, _NO_COMMAND = 90, (126, 127)
 
 _FACTS = {"commit", "python", "packages", "free_disk_bytes", "data", "interfaces", "clock_unix_seconds"}
 
+# It goes over standard input: a login shell that is csh takes no newline in a quoted word, and `!` for history.
+#
 # What the doctor cannot know: by which addresses this host and the launcher see each other (sshd sets SSH_CONNECTION),
 # how many ranks it takes by default, and whether it holds checkpoints of this run.
 _SCRIPT = """
 cd {directory} || exit {no_directory}
 echo "connection=$SSH_CONNECTION"
-echo "gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
+echo "gpus=$({gpus})"
 echo "checkpoints=$(ls -d {checkpoints}/step-* 2>/dev/null | grep -c .)"
-exec {doctor}
+exec {doctor} </dev/null
 """
+SHELL = ("sh", "-s")  # what is started on every host, to read the script
 
 
 class Problem(NamedTuple):
@@ -65,17 +68,17 @@ class Question(NamedTuple):
     run_dir: Path
     arguments: Sequence[str]
 
-    def script(self, ranks: Optional[int]) -> list[str]:
-        """The command to run on a host that is to have so many ranks; None for what the doctor expects by itself."""
+    def script(self, ranks: Optional[int]) -> str:
+        """What a shell runs on a host that is to have so many ranks; None for what the doctor expects by itself."""
         expected = ["-np", str(ranks)] if ranks else []
         doctor = [self.python, str(self.root / "job" / "doctor.py"), "--json", *expected, *self.arguments]
-        text = _SCRIPT.format(
+        return _SCRIPT.format(
             directory=shlex.quote(str(self.directory)),
             no_directory=_NO_DIRECTORY,
             checkpoints=shlex.quote(str(self.run_dir / "checkpoints")),
+            gpus=shlex.join([self.python, "-I", str(self.root / "job" / "distributed" / "gpus.py")]),
             doctor=shlex.join(doctor),
         )
-        return ["sh", "-c", text]
 
 
 @dataclass
@@ -93,25 +96,32 @@ class Answer:
     clock_ahead_seconds: float = 0.0  # at least; 0 if it may be right
 
 
-def ask_all(commands: Mapping[str, Sequence[str]], question: Question, timeout: float) -> list[Answer]:
-    """Ask all hosts at once, each by its command. Takes little more than ``timeout`` seconds, whatever they do."""
+def ask_all(
+    commands: Mapping[str, Sequence[str]], question: Question, timeout: float, ranks: Mapping[str, Optional[int]] = {}
+) -> list[Answer]:
+    """Ask all hosts at once, each by the command that starts a shell there, and with the ranks that it is to have.
+
+    Takes little more than ``timeout`` seconds, whatever they do.
+    """
     with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
-        return list(pool.map(lambda item: ask(item[0], item[1], question, timeout), commands.items()))
+        return list(
+            pool.map(lambda item: ask(item[0], item[1], question, timeout, ranks.get(item[0])), commands.items())
+        )
 
 
-def ask(host: str, command: Sequence[str], question: Question, timeout: float) -> Answer:
+def ask(host: str, command: Sequence[str], question: Question, timeout: float, ranks: Optional[int] = None) -> Answer:
     """Run the question on one host and read what comes back."""
     began = time.time()
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
     )
     try:
-        output, errors = process.communicate(timeout=timeout)
+        output, errors = process.communicate(question.script(ranks), timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         remedy = f"see whether `ssh {host} true` answers, or give it more time with --check-timeout"
@@ -155,7 +165,7 @@ def _understand(answer: Answer, output: str, errors: str, question: Question) ->
         if name == "connection" and len(value.split()) == 4:
             answer.launcher, _, answer.address, _ = value.split()
         elif name == "gpus":
-            answer.gpus = int(value or 0)
+            answer.gpus = int(value) if value.isdigit() else 0
         elif name == "checkpoints":
             answer.checkpoints = int(value or 0)
     try:
@@ -187,6 +197,7 @@ def judge(answers: Sequence[Answer], root: Path) -> list[Problem]:
     return [
         *(answer.problem for answer in answers if answer.problem),
         *_complaints(there),
+        *_aliases(there),
         *_odd_commits(there, root),
         *_odd_packages(there, root),
         *_misplaced_checkpoints(answers),
@@ -198,8 +209,20 @@ def _complaints(answers: Sequence[Answer]) -> Iterator[Problem]:
     for answer in answers:
         writes = answer is answers[0]  # rank 0 runs there; the others never look at the run's folder
         for check in answer.checks:
-            if check["status"] == "fail" and (writes or check["name"] not in ("disk", "run.dir")):
+            # Gloo, which connects the hosts, crashes where a host's own name has no address; elsewhere it may be so.
+            wrong = check["status"] == "fail" or (check["status"] == "warn" and check["name"] == "hostname")
+            if wrong and (writes or check["name"] not in ("disk", "run.dir")):
                 yield Problem(answer.host, check["name"], check["message"], check["remedy"])
+
+
+def _aliases(answers: Sequence[Answer]) -> Iterator[Problem]:
+    """One machine by two names would give two ranks the same GPU, and each the cores of both."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        machine = answer.facts.get("machine")
+        if machine and first.setdefault(machine, answer.host) != answer.host:
+            message = f"is the same machine as {first[machine]}"
+            yield Problem(answer.host, "host", message, "name it once in the hostfile, with slots=N")
 
 
 def _odd_commits(answers: Sequence[Answer], root: Path) -> Iterator[Problem]:

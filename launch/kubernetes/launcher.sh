@@ -17,7 +17,7 @@ exit codes:   0 done, 1 failed, 2 bad configuration or usage, 75 this pod itself
 END
 }
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.." && pwd -P)
 timeout=${JOB_WORKERS_TIMEOUT_SECONDS:-3600}
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage && exit 0; fi
 if [[ ! -r ${1:-} ]]; then

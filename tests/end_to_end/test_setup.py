@@ -19,8 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = (
-    "awk bash cat chmod cp cut date dirname env flock grep head ln mkdir mktemp mv nproc rm sed sh sha256sum sleep "
-    "sort tail tee tr uname wc"
+    "awk bash cat chmod cp cut date dirname env flock grep head ln mkdir mktemp mv nproc readlink rm sed sh sha256sum "
+    "sleep sort tail tee tr uname wc"
 ).split()
 CPU_LOCK = """\
 horovod==0.28.1 \\
@@ -41,6 +41,8 @@ calls, me, arguments = Path(calls), Path(me), sys.argv[6:]
 if arguments[0] == "-c":
     sys.version_info = (int(major), int(minor), 0, "final", 0)
     sys.modules[lacks] = None
+    if "find_spec" in arguments[1]:
+        sys.exit(not (me.parent / "packages").exists())
     if "import mxnet" not in arguments[1]:
         exec(arguments[1])
     sys.exit()
@@ -68,6 +70,8 @@ elif arguments[-1].endswith(".whl"):
     for tool, says in ("horovodrun", "[X] MXNet\\n[X] MPI\\n[X] Gloo"), ("mpirun", "4.1.8"):
         (me.parent / tool).write_text("#!/bin/sh\\necho '" + says + "'\\n")
         (me.parent / tool).chmod(0o755)
+elif "--require-hashes" in arguments and not {"PIP_TARGET", "PIP_PREFIX"} & os.environ.keys():
+    (me.parent / "packages").touch()
 elif arguments[1] == "job.data":
     print("60000 images, verified")
 """
@@ -83,6 +87,7 @@ class Checkout:
         (self.root / "launch").mkdir(parents=True)
         self.bin.mkdir()
         shutil.copy(ROOT / "launch" / "setup.sh", self.root / "launch")
+        shutil.copytree(ROOT / "launch" / "shared", self.root / "launch" / "shared")
         (self.root / "requirements-cpu.txt").write_text(CPU_LOCK)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool) or pytest.fail(f"the test needs {tool}"))
@@ -205,6 +210,43 @@ def test_each_step_is_one_numbered_line_with_its_seconds(checkout: Checkout) -> 
     lines = said.splitlines()
     assert [re.findall(r"^setup: \[(\d)/6\] .* \d+ s$", line) for line in lines[:5]] == [[str(n)] for n in range(1, 6)]
     assert lines[5:] == ["setup: [6/6] fetching Fashion-MNIST", "60000 images, verified"]
+
+
+def test_pip_installs_into_the_environment_whatever_the_users_settings_are(checkout: Checkout) -> None:
+    checkout.add_python("python3.11", (3, 11))
+    code, said = checkout.setup(PIP_TARGET="/elsewhere", PIP_PREFIX="/elsewhere", CDPATH="/", PYTHONPATH="/elsewhere")
+    assert code == 0, said
+    assert (checkout.root / ".venv" / "bin" / "packages").exists()
+
+
+def test_an_environment_whose_packages_went_elsewhere_is_made_anew(ready: Checkout) -> None:
+    (ready.root / ".venv" / "bin" / "packages").unlink()
+    (ready.root / ".venv" / ".stamps" / "ready").unlink()
+    code, said = ready.setup()
+    assert code == 0, said
+    assert ready.calls() == EVERYTHING
+
+
+def test_a_link_to_an_environment_that_is_ready_is_used_and_another_one_is_left_alone(
+    ready: Checkout, tmp_path: Path
+) -> None:
+    real = ready.root / ".venv"
+    real.rename(tmp_path / "environment")
+    real.symlink_to(tmp_path / "environment")
+    code, said = ready.setup()
+    assert code == 1, "it was made for another path"
+    assert f"{real} is a link to {tmp_path}/environment" in said and "Remove the link" in said
+    assert real.is_symlink() and (tmp_path / "environment" / "bin" / "python").exists()
+    assert ready.calls() == []
+    real.unlink()
+    (tmp_path / "environment").rename(real)
+    (tmp_path / "second").mkdir()
+    second = Checkout(tmp_path / "second")
+    second.add_python("python3.11", (3, 11))
+    (second.root / ".venv").symlink_to(real)
+    code, said = second.setup()
+    assert code == 0, said
+    assert "setup: .venv is ready" in said
 
 
 def test_a_second_run_leaves_the_environment_alone_and_is_quick(ready: Checkout) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pwd
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import yaml
 
+import job
 from job import cli
 from job.config import Config, fields, load_config
 from job.errors import UsageError
@@ -212,3 +217,15 @@ def test_only_rank_0_looks_at_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "old" / "metrics.jsonl").touch()  # perhaps already this run's, by rank 0
     on_ranks(monkeypatch, 2, rank=1)
     assert cli.parse(["run.dir=old"]).run.dir == Path("old")
+
+
+def test_a_user_whom_the_machine_does_not_know_and_who_has_no_home_gets_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any uid: the cache's folder is under ~, which then is nowhere."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    importlib.reload(job)
+    assert Path.home().name == f"home-{os.getuid()}"

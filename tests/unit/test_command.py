@@ -20,7 +20,8 @@ command._HOLD_SECONDS = 0.3
 
 
 def environment(rank: int = 0, size: int = 1) -> dict[str, str]:
-    launched = {"HOROVOD_RANK": str(rank), "HOROVOD_SIZE": str(size)} if size > 1 else {}
+    place = {"HOROVOD_RANK": str(rank), "HOROVOD_SIZE": str(size), "HOROVOD_GLOO_RENDEZVOUS_ADDR": "n"}
+    launched = place if size > 1 else {}
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     return {**own, **launched, "PYTHONPATH": str(ROOT)}
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from job.distributed import placement as placement_module
+from job.distributed.comm import connect
 from job.distributed.placement import Placement, cores, placement, share_cores
+from job.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 HOROVODRUN = {"HOROVOD_RANK": 5, "HOROVOD_SIZE": 8, "HOROVOD_LOCAL_RANK": 1, "HOROVOD_LOCAL_SIZE": 4}
 MPIRUN = {
@@ -20,7 +27,7 @@ MPIRUN = {
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*HOROVODRUN, *MPIRUN]:
+    for name in [*HOROVODRUN, *MPIRUN, "HOROVOD_GLOO_RENDEZVOUS_ADDR"]:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -56,9 +63,71 @@ def test_mpirun_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement() == Placement(rank=2, size=3, local_rank=0, local_size=2)
 
 
-def test_horovods_own_variables_stand_before_mpis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_horovods_own_variables_stand_before_mpis_only_if_they_are_no_leftovers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     announce(monkeypatch, {**HOROVODRUN, **MPIRUN})
+    assert placement() == Placement(rank=2, size=3, local_rank=0, local_size=2)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "n1")
     assert placement() == Placement(rank=5, size=8, local_rank=1, local_size=4)
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_SIZE", "")
+    monkeypatch.setenv("HOROVOD_RANK", "")
+    assert placement() == Placement()
+
+
+def test_variables_left_over_from_another_job_are_refused_and_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    with pytest.raises(UsageError, match="rank 1 of 2, but no launcher started it: unset them"):
+        connect(1.0)
+
+
+@pytest.mark.parametrize(("own", "workers"), [(1, "1"), (2, "2"), (32, "8")], ids=["core", "hyperthreads", "socket"])
+def test_cores_that_mpirun_has_bound_a_rank_to_are_not_those_of_all(
+    monkeypatch: pytest.MonkeyPatch, own: int, workers: str
+) -> None:
+    announce(monkeypatch, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": 8})
+    with_cores(monkeypatch, 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64 if pid == os.getppid() else own)))
+    monkeypatch.setenv("OMPI_MCA_orte_bound_at_launch", "1")
+    assert cores() == 64
+    share_cores()
+    assert os.environ["MXNET_CPU_WORKER_NTHREADS"] == workers
+
+
+def first_words(**variables: str) -> tuple[int, str]:
+    """How ``share_cores`` ends a process with these variables, and what is said."""
+    program = "import os; from job.distributed.placement import share_cores; share_cores(); print('went on')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting", ["auto", "0", "-1", "1.5", "four", "auto,2", "99999999"])
+def test_a_number_of_threads_that_is_none_is_refused_before_anything_can_crash_on_it(setting: str) -> None:
+    code, said = first_words(OMP_NUM_THREADS=setting)
+    assert code == 2
+    assert said.startswith(f"error: OMP_NUM_THREADS={setting} is not a number of threads; unset it")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_launchers_variable_that_is_no_number_is_refused_with_its_name() -> None:
+    code, said = first_words(HOROVOD_SIZE="two")
+    assert (code, said) == (2, "error: HOROVOD_SIZE=two is not a number; a launcher sets it: unset it\n")
+
+
+@pytest.mark.parametrize(("setting", "number"), [("4,2", "4"), (" 3 ", "3"), ("", "1"), ("007", "7")])
+def test_what_openmp_reads_as_a_number_of_threads_is_one(
+    monkeypatch: pytest.MonkeyPatch, setting: str, number: str
+) -> None:
+    with_cores(monkeypatch, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == number
 
 
 @pytest.mark.parametrize(("cores", "own"), [(16, "4"), (6, "1"), (2, "1")], ids=["even", "uneven", "too few"])

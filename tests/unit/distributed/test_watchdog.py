@@ -53,6 +53,38 @@ def test_a_wait_may_have_a_limit_of_its_own(watchdog: Watchdog, alarm: Alarm) ->
         assert alarm.wait() == "fetching: no answer within 0.1 s"
 
 
+class Clock:
+    """Stands still until it is set, and tells when the watchdog has looked at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.read = threading.Semaphore(0)
+
+    def __call__(self) -> float:
+        if threading.current_thread().name == "watchdog":
+            self.read.release()
+        return self.now
+
+    def wait_for_looks(self, looks: int = 6) -> None:
+        for _ in range(looks):
+            assert self.read.acquire(timeout=PATIENCE)
+
+
+def test_the_time_for_which_the_process_was_itself_stopped_does_not_count(alarm: Alarm) -> None:
+    clock = Clock()
+    watchdog = Watchdog(0.04, alarm, clock=clock)  # looks every 10 ms
+    with watchdog.guard("step 7", limit_seconds=30):
+        for seconds in (1000.0, 1.0, 1000.0, *[1.0] * 27):  # as after SIGSTOP and SIGCONT, or docker pause
+            clock.now += seconds
+            clock.wait_for_looks()
+            assert alarm.messages.empty(), alarm.wait()
+        clock.now += 1.9
+        clock.wait_for_looks()
+        clock.now += 1.9
+        assert alarm.wait() == "step 7: no answer within 30 s", "a wait must not go on for ever after it"
+    watchdog.close()
+
+
 def test_a_finished_wait_is_forgotten(watchdog: Watchdog, alarm: Alarm) -> None:
     with watchdog.guard("early", limit_seconds=0.1):
         pass

@@ -108,6 +108,9 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "clock that is set": (checks.clock((1.8e9, 1.8e9 - 55), (7, 12)), "warn", ["-60.0 s", "time service"]),
     "clock backward": (checks.clock((1.8e9, 1.8e9 + 5), (7, 6)), "fail", ["backward"]),
     "hostname": (checks.hostname("node1", ""), "ok", ["node1"]),
+    "unknown hostname over Gloo": (
+        checks.hostname("node1", "Name or service not known", over_gloo=True), "fail", ["node1", "/etc/hosts"],
+    ),
     "unknown hostname": (checks.hostname("node1", "Name or service not known"), "warn", ["node1", "/etc/hosts"]),
     "network": (checks.network({"lo": ["127.0.0.1"], "eth0": ["10.0.0.3"]}), "ok", ["eth0 10.0.0.3"]),
     "loopback only": (checks.network({"lo": ["127.0.0.1"], "eth0": []}), "warn", ["lo 127.0.0.1", "several"]),
@@ -145,6 +148,12 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     "NCCL": (checks.nccl(answer(HOROVOD, nccl=22105)), "ok", ["NCCL 2.21.5"]),
     "NCCL before 2.9": (checks.nccl(answer(HOROVOD, nccl=2804)), "ok", ["NCCL 2.8.4"]),
     "no NCCL": (checks.nccl(answer(HOROVOD)), "warn", ["without NCCL", "launch/setup.sh --gpu"]),
+    "nothing left over": (checks.left_over([]), "ok", ["nothing"]),
+    "left over": (checks.left_over(["/dev/shm/x"]), "warn", ["1 file in /dev/shm", "rm /dev/shm/x"]),
+    "a clear search path": (checks.hiding([]), "ok", ["nothing"]),
+    "another numpy": (
+        checks.hiding(["/site (of PYTHONPATH) holds numpy"]), "fail", ["/site", "numpy", "unset PYTHONPATH;"],
+    ),
     "no telling variable": (checks.environment(["HOME", "PATH"]), "ok", ["no variable"]),
     "telling variables": (checks.environment(["HOME", "NCCL_DEBUG", "HOROVOD_X"]), "ok", ["HOROVOD_X, NCCL_DEBUG"]),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_without_nvidia_smi_there_are_no_gpus(tmp_path: Path, monkeypatch: pytes
         ("GPU-aaaa", (A100,)),
         ("", ()),
         ("-1", ()),
-        ("MIG-1234", (A100, H100)),
+        ("MIG-1234", ()),  # there is none of that name
     ],
 )
 def test_the_gpus_are_those_that_cuda_visible_devices_leaves(
@@ -311,3 +312,38 @@ def test_data_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert missing.folders == () and "train-images-idx3-ubyte" in missing.missing and missing.error == ""
     wrong = facts.data(DataConfig(cache_dir=tmp_path / "cache", dir=tmp_path / "nowhere"))
     assert wrong == Data(error=f"data.dir={tmp_path}/nowhere: not a folder that can be used: No such file or directory")
+
+
+def test_folders_that_hide_packages_are_found_in_either_search_path(tmp_path: Path) -> None:
+    (tmp_path / "site" / "numpy").mkdir(parents=True)
+    (tmp_path / "mpi").mkdir()
+    (tmp_path / "mpi" / "libmpi.so.40").touch()
+    assert facts.hiding(f"{tmp_path}:{tmp_path}/site:", f"{tmp_path}/mpi:/gone") == [
+        f"{tmp_path}/site (of PYTHONPATH) holds numpy",
+        f"{tmp_path}/mpi (of LD_LIBRARY_PATH) holds libmpi.so.40",
+    ]
+    assert facts.hiding("", "") == []
+
+
+def test_a_numpy_that_fails_in_its_own_way_is_a_fact_and_not_the_doctors_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "job.data.idx", raising=False)
+    monkeypatch.delattr("job.data.idx", raising=False)
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "job.data.idx":
+                raise AttributeError("module 'numpy' has no attribute 'ndarray'")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert facts.data(DataConfig()).error == "cannot be looked for: module 'numpy' has no attribute 'ndarray'"
+
+
+def test_shared_memory_that_no_process_uses_any_more_is_left_over(tmp_path: Path) -> None:
+    for name in ("vader_segment.h.0.1.0", "vader_segment.h.0.2.0", "another"):
+        (tmp_path / name).touch()
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "maps").write_text(f"7f00-7f01 rw-s 00000000 00:1b 5   {tmp_path}/vader_segment.h.0.2.0\n")
+    assert facts.left_in_shared_memory(tmp_path, tmp_path) == [f"{tmp_path}/vader_segment.h.0.1.0"]
+    assert facts.left_in_shared_memory(tmp_path / "gone", tmp_path) == []

@@ -153,3 +153,17 @@ def test_the_share_that_training_gives_each_rank_crowds_nobody(node: Node, monke
 def test_one_rank_needs_no_shared_memory(node: Node) -> None:
     node(ranks=1, shm=Disk(0, None, "No such file or directory"))
     assert names(load_config()) == []
+
+
+@pytest.mark.parametrize(("controller", "refused"), [("gloo", True), ("mpi", False)])
+def test_a_host_whose_name_has_no_address_is_refused_where_gloo_would_crash(
+    node: Node, monkeypatch: pytest.MonkeyPatch, controller: str, refused: bool
+) -> None:
+    node(ranks=2)
+    monkeypatch.setattr(facts, "address_error", lambda name: "Name or service not known")
+    monkeypatch.setenv("HOROVOD_CONTROLLER", controller)
+    if refused:
+        with pytest.raises(JobError, match=r"has no address.*/etc/hosts"):
+            preflight.check(load_config(None, []))
+    else:
+        preflight.check(load_config(None, []))

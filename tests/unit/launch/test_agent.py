@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from launch.hosts import agent as agent_module
 
 AGENT = Path(__file__).resolve().parents[3] / "launch" / "hosts" / "agent.py"
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.05; done"  # goes on when asked to stop
@@ -118,6 +121,16 @@ def test_a_silent_launcher_is_taken_for_dead(start: Any) -> None:
     agent = start(WILLING, silence_seconds=0.3)
     agent.say()
     assert agent.rest()[-1] == {"rank": 0, "code": 75}
+
+
+def test_an_agent_that_was_itself_paused_still_hears_a_launcher_that_was_paused_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a pause the first wait is over, by the clock, whatever its length; the launcher's next word comes then."""
+    answers = iter([False, False, True])
+    monkeypatch.setattr(agent_module.select, "select", lambda read, *_: (read if next(answers) else [], [], []))
+    words = io.BytesIO(b'{"silence_seconds": 60}\n')
+    assert agent_module.Agent(words)._hears()
 
 
 def test_what_a_rank_leaves_behind_is_ended_with_it(start: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -168,3 +169,11 @@ def test_what_is_wrong_ends_with_2_before_any_host_is_contacted(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_check_that_a_signal_ends_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted = subprocess.CompletedProcess(["train.py"], -signal.SIGABRT, "")
+    monkeypatch.setattr(cluster.subprocess, "run", lambda *_, **__: aborted)
+    with pytest.raises(SystemExit) as ended:
+        cluster.resolve_config([], 2, True)
+    assert ended.value.code == 1

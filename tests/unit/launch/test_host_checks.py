@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch.hosts.checks import (
+    SHELL,
     Answer,
     Problem,
     Question,
@@ -118,20 +119,38 @@ def test_a_clock_is_wrong_only_by_what_the_time_of_asking_does_not_explain(
 def test_the_script_asks_the_doctor_in_the_directory_of_the_ranks(tmp_path: Path) -> None:
     (tmp_path / "a b" / "checkpoints" / "step-00000005").mkdir(parents=True)
     question = Question("/bin/echo", ROOT, tmp_path, tmp_path / "a b", ["run.dir=a b", "x=$HOME;"])
-    done = subprocess.run(question.script(4), capture_output=True, text=True)
+    done = subprocess.run(SHELL, input=question.script(4), capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == [
         "checkpoints=1",
         "/opt/job/job/doctor.py --json -np 4 run.dir=a b x=$HOME;",
     ]
     gone = Question("/bin/echo", ROOT, tmp_path / "gone", tmp_path, [])
-    assert subprocess.run(gone.script(None), capture_output=True).returncode == 90
+    assert subprocess.run(SHELL, input=gone.script(None), text=True, capture_output=True).returncode == 90
+
+
+def test_nothing_that_csh_would_read_otherwise_is_on_the_command_line() -> None:
+    assert set("".join(SHELL)) <= set("sh-")
+    got = ask("h", ["sh", "-s"], QUESTION._replace(python="/bin/echo", arguments=["it's=a b!"]), 20)
+    assert got.problem and "it's=a b!" in got.problem.message
 
 
 # --- comparison ---
 
 
+def test_a_host_whose_own_name_has_no_address_is_refused_for_gloo_would_crash_there() -> None:
+    warned = {"name": "hostname", "status": "warn", "message": "h has no address: x", "remedy": "add it to /etc/hosts"}
+    told = judge([Answer("a", facts=FACTS, checks=[warned])], ROOT)
+    assert [(problem.field, problem.warning) for problem in told] == [("hostname", False)]
+
+
 def test_equal_hosts_have_no_problem() -> None:
     assert told(answer("a"), answer("b"), answer("c")) == []
+
+
+def test_one_machine_by_two_names_is_refused() -> None:
+    assert told(answer("a", machine="1"), answer("b", machine="2"), answer("c", machine="1"), answer("d")) == [
+        "c: host: is the same machine as a; name it once in the hostfile, with slots=N"
+    ]
 
 
 def test_the_host_that_differs_is_named_and_not_the_others() -> None:

@@ -385,3 +385,16 @@ def test_a_dry_run_prints_the_environment_and_command_of_each_rank() -> None:
     assert [f"HOROVOD_RANK={number} HOROVOD_SIZE=8" in line for number, line in zip(range(4, 8), ranks)] == [True] * 4
     assert all(line.endswith("job/train.py --config a.yaml run.dir=x run.resume=auto") for line in ranks)
     assert "run.resume=auto" not in run("--dry-run", "run.overwrite=true", **POD).stdout
+
+
+def test_a_rank_that_does_not_end_after_a_second_signal_is_killed(
+    ranks: rank.Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "ECHO_SECONDS", -1.0)
+    monkeypatch.setattr(rank, "END_SECONDS", 0.1)
+    deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(tmp_path / 'deaf')!r}, 'w'); {STAYS}"
+    start(ranks, deaf)
+    wait_for(tmp_path / "deaf")
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert ranks.wait() == 1
