@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -25,7 +24,9 @@ from typing import Any, NamedTuple, Optional
 import mxnet as mx
 import numpy as np
 
+from job import storage
 from job.errors import CheckpointError
+from job.run_dir import CHECKPOINT, UNFINISHED
 
 FORMAT = 1
 ARRAYS, STATE, MANIFEST = "arrays.params", "state.json", "manifest.json"
@@ -82,10 +83,10 @@ class Store:
             for name, content in files.items():
                 _write(temporary / name, content)
             _write(temporary / MANIFEST, _manifest(step, score, files))
-            _sync(temporary)
+            storage.sync_folder(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)
-            _sync(self.folder)
+            storage.sync_folder(self.folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -94,7 +95,7 @@ class Store:
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
-        return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of, reverse=True)
+        return sorted((path for path in found if CHECKPOINT.fullmatch(path.name)), key=_step_of, reverse=True)
 
     def newest(self, warn: Callable[[str], None]) -> Optional[Checkpoint]:
         """The newest intact checkpoint, None if there is none at all; ``warn`` is told of each damaged one before it.
@@ -117,7 +118,7 @@ class Store:
     def tidy(self, last_step: int) -> None:
         """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            if path.name.endswith(_PARTIAL) or (path in self.paths() and _step_of(path) > last_step):
+            if UNFINISHED.fullmatch(path.name) or (path in self.paths() and _step_of(path) > last_step):
                 _remove(path)
 
     def _retain(self) -> None:
@@ -269,14 +270,6 @@ def _write(file: Path, content: bytes) -> None:
         while left:
             left = left[stream.write(left) :]
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

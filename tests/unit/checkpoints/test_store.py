@@ -18,7 +18,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from job.checkpoints.store import BackgroundWriter, Damaged, Store, decode_arrays, encode_arrays, read
+from job.checkpoints.store import BackgroundWriter, Damaged, Store, _manifest, decode_arrays, encode_arrays, read
 from job.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,7 +176,7 @@ def test_a_pickle_offered_as_a_checkpoint_is_never_executed(tmp_path: Path, name
     (folder / name).write_bytes(bomb)
     if signed and name != "manifest.json":
         files = {file: (folder / file).read_bytes() for file in ("arrays.params", "state.json")}
-        (folder / "manifest.json").write_bytes(store._manifest(1, None, files))
+        (folder / "manifest.json").write_bytes(_manifest(1, None, files))
     with pytest.raises((CheckpointError, mx.MXNetError, ValueError)):
         found = store.newest(lambda message: None)
         assert found is not None
@@ -329,7 +329,7 @@ def test_a_call_that_fails_leaves_the_last_good_checkpoint(
         raise OSError(ERRORS[call], os.strerror(ERRORS[call]))
 
     store = fill(tmp_path, steps=1)
-    monkeypatch.setattr(store.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(ERRORS[call])):
         store.write(2, ARRAYS, VALUES)
     monkeypatch.undo()

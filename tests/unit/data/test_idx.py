@@ -342,7 +342,7 @@ def test_a_damaged_file_from_elsewhere_is_named_and_not_cached(fault: str, tmp_p
     with pytest.raises(DataError, match=f"{tmp_path}/package/{name}.*{complaint}"):
         idx.load(config(tmp_path, sha256={KEYS[name]: hashlib.sha256(body).hexdigest()}))
     assert cached(tmp_path) == []
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_damaged_gzip_file_is_named_and_not_cached(
     with pytest.raises(DataError, match=f"{path}: "):
         idx.load(config(tmp_path, dir=tmp_path / "mine"))
     assert TRAIN_IMAGES not in cached(tmp_path)
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
 def test_a_decompression_bomb_is_left_at_the_size_that_its_header_promises(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(values: DataConfig, file_size_limit: int = 0) -> subprocess.Popen[str]:
         argument = json.dumps([str(tmp_path / "package"), file_size_limit, values.model_dump(mode="json")])
         command = [sys.executable, "-c", LOADER, argument]
-        root = Path(idx.__file__).parents[3]
+        root = Path(idx.__file__).parents[2]
         process = subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         started.append(process)
         return process
@@ -535,7 +535,7 @@ def test_when_the_holder_of_the_lock_is_killed_the_waiter_goes_on_and_cleans_up(
     holder = start(values)
     assert mirror.asked.wait(60)
     assert cached(tmp_path) == [f"{TRAIN_IMAGES}.gz"]  # what the killed process will leave
-    (tmp_path / "cache" / "partial" / "more").touch()
+    next((tmp_path / "cache").glob(f"{idx.SCRATCH}*/")).joinpath("more").touch()
 
     def say(line: str) -> None:
         if "waiting" in line:
@@ -564,7 +564,7 @@ def test_a_full_disk_is_told_as_the_caches_fault_and_leaves_nothing_behind(
     output, _ = start(config(tmp_path), file_size_limit=10_000).communicate()
     assert f"DataError: {tmp_path}/cache: cannot store the data set there: [Errno 27] File too large" in output
     assert cached(tmp_path) == []
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
 def arguments(values: DataConfig) -> list[str]:
