@@ -6,14 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from pydantic_core import PydanticUndefined
 
 from job import run_dir
 from job.checkpoints import resume
-from job.config import DEFAULT_FILE, Config, fields, load_config
+from job.config import DEFAULT_FILE, Config, fields, from_home, load_config
 from job.distributed.placement import placement
 from job.errors import UsageError
 from job.fitness import preflight
@@ -49,7 +48,9 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         " 75 preempted, run again to go on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: configs/{DEFAULT_FILE.name})")
+    parser.add_argument(
+        "--config", type=from_home, metavar="FILE", help=f"YAML file (default: configs/{DEFAULT_FILE.name})"
+    )
     parser.add_argument(
         "--check", action="store_true", help="check everything, print the resolved config, start nothing"
     )

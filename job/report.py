@@ -21,6 +21,7 @@ if not __package__:  # run as a script: find the package from any directory, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job import command
+from job.config import from_home
 from job.data.idx import CLASS_NAMES
 from job.errors import JobError
 from job.monitoring import curves
@@ -265,7 +266,7 @@ def main() -> None:
         epilog="A run may still be going on. exit codes: 0 done; 1 the page cannot be written; 2 bad usage or no runs",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run (run.dir)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first RUN")
+    parser.add_argument("--output", type=from_home, metavar="FILE", help="default: report.html in the first RUN")
     options = parser.parse_args()
     output = options.output or options.runs[0] / "report.html"
     if output.is_dir():
