@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, List, Literal, Optional, get_args, get_origin  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
+from typing import Any, List, Literal, Optional, get_args, get_origin  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -366,7 +366,7 @@ class _Loader(yaml.SafeLoader):
     Numbers are decimal, and know how they were typed. YAML 1.1 reads 010 as eight, 12:30 as 750, and a date as no text.
     """
 
-    yaml_implicit_resolvers: ClassVar[Any] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  (of PyYAML)
         first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -188,7 +188,7 @@ def _ready(config: DataConfig, digests: dict[IdxFile, str], say: Say | None = No
     paths = {}
     for file, digest in digests.items():
         in_place, cached = config.dir and config.dir / file.name, _cached_path(config, file, digest)
-        if in_place and os.path.isfile(in_place):
+        if in_place and os.path.isfile(in_place) and not _is_compressed(in_place):
             paths[file] = in_place
         elif os.path.exists(cached):  # not Path.exists, which raises where permission is lacking
             try:
@@ -240,9 +240,13 @@ def _decoded(path: Path, file: IdxFile) -> Iterator[bytes]:
 
 
 def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if _is_compressed(path) else path.open("rb")  # type: ignore[return-value]
+
+
+def _is_compressed(path: Path) -> bool:
+    """By its content: some servers decompress on the way, and some tools compress without another name."""
     with path.open("rb") as stream:
-        compressed = stream.read(2) == b"\x1f\x8b"  # not by name: some servers decompress on the way
-    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
+        return stream.read(2) == b"\x1f\x8b"
 
 
 def _sources(config: DataConfig, say: Say) -> list[Source]:

@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import mxnet as mx
-import numba
 import numpy as np
+
+from job.networks.compiled import compiled
 
 Vector = np.ndarray
 
@@ -149,16 +150,7 @@ def _cast(like: np.ndarray, *vectors: Vector) -> list[np.ndarray]:
     return [vector.astype(like.dtype) for vector in vectors]
 
 
-def _compiled(function: Callable[..., None]) -> Any:
-    """Compile to machine code at the first call: without the interpreter's lock, sums reordered for vector units."""
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep compiled code, as in a read-only container
-        return numba.njit(**options)(function)
-
-
-@_compiled
+@compiled
 def _moments_of_rows(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
     """Two passes over a row while it is in the first-level cache, then Chan's merge of the rows of a channel.
 
@@ -187,7 +179,7 @@ def _moments_of_rows(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
         mean[c], m2[c] = mean_c, m2_c
 
 
-@_compiled
+@compiled
 def _moments_of_columns(first, last, x, mean, m2):  # type: ignore[no-untyped-def]
     """Welford's update in float64, all channels at once: for arrays whose last axis is the channel axis."""
     rows = x.shape[0]
@@ -201,7 +193,7 @@ def _moments_of_columns(first, last, x, mean, m2):  # type: ignore[no-untyped-de
             m2[c] += delta * (x[n, c, 0] - mean[c])
 
 
-@_compiled
+@compiled
 def _affine(first, last, x, center, scale, shift, out):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):
@@ -211,7 +203,7 @@ def _affine(first, last, x, center, scale, shift, out):  # type: ignore[no-untyp
                 out[n, c, i] = (x[n, c, i] - center_c) * scale_c + shift_c
 
 
-@_compiled
+@compiled
 def _products(first, last, dy, x, center, sums, products):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):
@@ -226,7 +218,7 @@ def _products(first, last, dy, x, center, sums, products):  # type: ignore[no-un
             products[c] += product
 
 
-@_compiled
+@compiled
 def _combine(first, last, dy, x, center, a, b, c0, out):  # type: ignore[no-untyped-def]
     rows, _, length = x.shape
     for n in range(rows):

@@ -567,6 +567,13 @@ def test_a_full_disk_is_told_as_the_caches_fault_and_leaves_nothing_behind(
     assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
+def test_compressed_bytes_under_the_plain_name_are_decompressed_before_they_are_mapped(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "mine", {name: gzip.compress(body) for name, body in CONTENT.items()}, compressed=False)
+    assert is_right(idx.load(config(tmp_path, dir=folder)))
+    assert is_right(idx.load(config(tmp_path, dir=folder)))  # from the cache
+    assert len(idx.locate(config(tmp_path, dir=folder))) == 4
+
+
 def arguments(values: DataConfig) -> list[str]:
     digests = [f"data.sha256.{key}={digest}" for key, digest in values.sha256.model_dump().items()]
     return [f"data.cache_dir={values.cache_dir}", "data.mirrors=[]", *digests]
