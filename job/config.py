@@ -20,6 +20,7 @@ from job.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FILE = ROOT / "configs" / "fashion_mnist.yaml"
+MOST_SECONDS = 1_000_000  # eleven days; the operating system's own calls take no more than twice that
 
 
 def _cache_home() -> Path:
@@ -114,7 +115,9 @@ class RunConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="loss or gradient NaN or infinite: end, or skip the update"
     )
-    step_timeout_seconds: float = Field(300.0, gt=0, description="longest wait for another rank, in seconds")
+    step_timeout_seconds: float = Field(
+        300.0, gt=0, le=MOST_SECONDS, description="longest wait for another rank, in seconds"
+    )
     profile_steps: Optional[str] = Field(None, description="steps to profile: FIRST-LAST or one; the first is 1")
 
     @property
@@ -197,9 +200,13 @@ class DataConfig(Section):
         ],
         description="URLs that hold the four .gz files",
     )
-    download_timeout_seconds: float = Field(30.0, gt=0, description="longest silence of a mirror, in seconds")
+    download_timeout_seconds: float = Field(
+        30.0, gt=0, le=MOST_SECONDS, description="longest silence of a mirror, in seconds"
+    )
     download_attempts: int = Field(3, ge=1, description="tries for each file and mirror")
-    lock_timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for another process to fetch, seconds")
+    lock_timeout_seconds: float = Field(
+        1800.0, gt=0, le=MOST_SECONDS, description="longest wait for another process to fetch, seconds"
+    )
     sha256: Sha256Config = Field(default_factory=Sha256Config)
 
     @field_validator("mirrors")
@@ -259,6 +266,14 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="adam's decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="adam's guard against division by zero")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty; never on BatchNorm or biases")
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        """MXNet's operators take their numbers as float32, and refuse others in the middle of a run."""
+        if isinstance(value, float) and value and not 1e-30 <= value <= 1e30:
+            raise ValueError("MXNet computes with float32: input should be between 1e-30 and 1e30")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerConfig:

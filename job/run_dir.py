@@ -6,6 +6,7 @@ Nor any file of somebody else's: what a run removes must prove to be of a run.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -213,7 +214,16 @@ def _acquire(lock: IO[str], folder: Path) -> None:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write ``summary.json``, whose presence says that the run is complete."""
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """``value`` for JSON, which has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(file: Path, text: str) -> None:

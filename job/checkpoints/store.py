@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,7 @@ class Store:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
+        self._stay: set[Path] = set()  # of what cannot be removed, and the user knows it
 
     def write(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], score: Any = None) -> None:
         """Write a checkpoint, and then remove those that are neither among the newest nor the best.
@@ -119,7 +121,7 @@ class Store:
         """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
             if UNFINISHED.fullmatch(path.name) or (path in self.paths() and _step_of(path) > last_step):
-                _remove(path)
+                self._remove_old(path)
 
     def _retain(self) -> None:
         paths = self.paths()
@@ -127,7 +129,16 @@ class Store:
         best = max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
         for path in paths[self._keep :]:
             if path != best:
-                _remove(path)
+                self._remove_old(path)
+
+    def _remove_old(self, path: Path) -> None:
+        """What is too much is no reason to end a run: on NFS a file that somebody reads stays as long as that."""
+        try:
+            _remove(path)
+        except OSError as error:
+            if path not in self._stay:
+                print(f"warning: {path}: cannot remove it: {error.strerror}; it stays", file=sys.stderr, flush=True)
+            self._stay.add(path)
 
 
 class BackgroundWriter:
@@ -276,5 +287,7 @@ def _remove(path: Path) -> None:
     """Remove a folder so that at no moment half of it bears the name of a checkpoint."""
     if path.exists():
         if not path.name.endswith(_PARTIAL):
-            path = path.rename(path.with_name(f"{path.name}.old{_PARTIAL}"))
+            renamed = path.with_name(f"{path.name}.old{_PARTIAL}")
+            os.rename(path, renamed)
+            path = renamed
         shutil.rmtree(path)

@@ -81,6 +81,7 @@ class TensorBoard(Writer):
         self._folder = folder
         # TensorBoard takes the first mark of a start for the beginning, and forgets steps only from the second on.
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if goes_on else 0, filename_suffix=suffix)
+        _name_after_the_others(self._writer, folder)
         _write_at_once(self._writer)
         self._subject = subject
         self._described = False
@@ -161,6 +162,19 @@ class TensorBoard(Writer):
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
         value = Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin))
         self._writer.file_writer.add_summary(Summary(value=[value]))
+
+
+def _name_after_the_others(writer: SummaryWriter, folder: Path) -> None:
+    """Have readers come to this file last. They go by the time in its name, and the clock may have been set back."""
+    file = Path(writer.file_writer.event_writer._ev_writer._file_name)
+    others = [_time_of(other) for other in folder.glob("events.*") if other.name != file.name]
+    if others and _time_of(file) <= max(others):
+        file.rename(file.with_name(file.name.replace(str(_time_of(file)), str(max(others) + 1), 1)))
+
+
+def _time_of(file: Path) -> int:
+    found = re.match(r"events\.out\.tfevents\.(\d+)", file.name)
+    return int(found[1]) if found else 0
 
 
 def _write_at_once(writer: SummaryWriter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -163,6 +164,20 @@ def steps_of(folder: Path) -> dict[str, list[int]]:
 
 KINDS = ("scalars", "images", "histograms", "text")
 WITHOUT_STEPS = ("__run_graph__", "custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info")
+
+
+@pytest.mark.parametrize("seconds", [-86_400, -1, 0, 86_400])
+def test_after_a_resume_with_another_clock_no_step_is_lost_or_comes_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """Readers come to the files in the order of the times in their names."""
+    started = time.time()
+    for start, last_step in enumerate((0, 2, 3)):
+        monkeypatch.setattr(time, "time", lambda start=start: started + start * seconds)
+        steps = range(last_step + 1, last_step + 4)
+        write(tmp_path, *({**TRAIN, "step": step, "loss": 10.0 * start + step} for step in steps), last_step=last_step)
+    points = [(event.step, event.value) for event in read(tmp_path).Scalars("train/loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
 
 
 def test_after_a_resume_no_step_comes_twice_or_goes_back(tmp_path: Path) -> None:
