@@ -273,7 +273,7 @@ def main() -> None:
         parser.error(f"{output} is a folder; --output names a file")
     runs = read_runs(options.runs)
     try:
-        write_whole(output, page(runs))
+        write_whole(output, page(runs).encode("utf-8", "backslashreplace").decode("utf-8"))
     except OSError as error:
         raise JobError(f"{output}: cannot be written: {error.strerror}; give another --output FILE") from None
     for note in (note for run in runs for note in run.notes):

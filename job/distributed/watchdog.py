@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 _POLL_SECONDS = 0.5
+leaving = threading.Lock()  # taken, and never released, by the thread that decides how the process ends
 
 
 def tell(message: str, stacks: bool = True) -> None:
@@ -27,6 +28,7 @@ def tell(message: str, stacks: bool = True) -> None:
 
 def end_process(message: str) -> None:
     """Say why, show where every thread stands, and leave: a rank that waits inside MXNet cannot be woken."""
+    leaving.acquire()  # nobody ends with 0 while this is being said
     tell(message)
     os._exit(1)
 

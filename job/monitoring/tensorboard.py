@@ -234,7 +234,7 @@ def session_start(config: Config, ranks: int) -> plugin_data_pb2.SessionStartInf
         elif isinstance(value, (int, float)):
             start.hparams[key].number_value = value
         elif isinstance(value, str):
-            start.hparams[key].string_value = value
+            start.hparams[key].string_value = readable(value)
     return start
 
 
@@ -259,4 +259,9 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 def table(rows: Mapping[str, Any]) -> str:
     """A Markdown table of names and values."""
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return readable("\n".join(["| | |", "|---|---|", *lines]))
+
+
+def readable(text: str) -> str:
+    """``text`` without what UTF-8 cannot hold: a path may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

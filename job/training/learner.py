@@ -224,8 +224,9 @@ class Learner:
             step = self.steps
             raise DivergedError(
                 f"step {step}: the loss is {loss:g} and the gradient's norm {self._gradient_norm:g}; the last"
-                " checkpoint is from before it. Lower optimizer.learning_rate, set train.clip_gradient_norm, or drop"
-                " such updates with run.on_nonfinite=skip"
+                " checkpoint is from before it. Lower optimizer.learning_rate (in the"
+                " same run.dir with run.resume_ignoring=[optimizer.learning_rate]), set train.clip_gradient_norm, or"
+                " drop such updates with run.on_nonfinite=skip"
             )
 
     def _finite(self) -> bool:

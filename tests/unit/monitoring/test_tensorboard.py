@@ -365,6 +365,11 @@ def test_the_columns_of_that_table_have_types_that_fit_every_value() -> None:
         assert kinds[name] == expected[value.WhichOneof("kind")], name
 
 
+def test_a_folder_of_any_bytes_can_be_shown() -> None:
+    folder = b"a\xff".decode("utf-8", "surrogateescape")
+    assert tensorboard.table({"run.dir": folder}).encode("utf-8").endswith(b"| run.dir | a\\udcff |")
+
+
 def test_a_network_that_is_no_sequence_would_be_a_mistake_found_here() -> None:
     """The projector cuts off the last layer of a sequence."""
     assert isinstance(models.build(load_config().model), nn.HybridSequential)
