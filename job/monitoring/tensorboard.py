@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import queue
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
 from PIL import Image
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, event_file_writer
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
@@ -80,7 +83,9 @@ class TensorBoard(Writer):
         suffix = f".{time.time_ns()}"
         self._folder = folder
         # TensorBoard takes the first mark of a start for the beginning, and forgets steps only from the second on.
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if goes_on else 0, filename_suffix=suffix)
+        purge_step = last_step + 1 if goes_on else 0
+        with _a_queue_within_the_process():
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
         _name_after_the_others(self._writer, folder)
         _write_at_once(self._writer)
         self._subject = subject
@@ -175,6 +180,24 @@ def _name_after_the_others(writer: SummaryWriter, folder: Path) -> None:
 def _time_of(file: Path) -> int:
     found = re.match(r"events\.out\.tfevents\.(\d+)", file.name)
     return int(found[1]) if found else 0
+
+
+class _Queue(queue.Queue):
+    """With the one method more that tensorboardX calls."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+@contextmanager
+def _a_queue_within_the_process() -> Iterator[None]:
+    """TensorboardX takes one between processes, which needs /dev/shm, for a thread of its own."""
+    was = event_file_writer.multiprocessing
+    event_file_writer.multiprocessing = SimpleNamespace(Queue=_Queue)
+    try:
+        yield
+    finally:
+        event_file_writer.multiprocessing = was
 
 
 def _write_at_once(writer: SummaryWriter) -> None:

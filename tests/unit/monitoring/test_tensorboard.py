@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing.synchronize
 import os
 import time
 from pathlib import Path
@@ -368,6 +369,17 @@ def test_the_columns_of_that_table_have_types_that_fit_every_value() -> None:
 def test_a_folder_of_any_bytes_can_be_shown() -> None:
     folder = b"a\xff".decode("utf-8", "surrogateescape")
     assert tensorboard.table({"run.dir": folder}).encode("utf-8").endswith(b"| run.dir | a\\udcff |")
+
+
+def test_shared_memory_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/shm may be missing or read-only; then no semaphore between processes can be made."""
+
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", missing)
+    write(tmp_path, {**TRAIN, "step": 1, "loss": 2.0})
+    assert [event.value for event in read(tmp_path).Scalars("train/loss")] == [2.0]
 
 
 def test_a_network_that_is_no_sequence_would_be_a_mistake_found_here() -> None:
