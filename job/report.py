@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -269,7 +270,7 @@ def main() -> None:
     parser.add_argument("--output", type=from_home, metavar="FILE", help="default: report.html in the first RUN")
     options = parser.parse_args()
     output = options.output or options.runs[0] / "report.html"
-    if output.is_dir():
+    if os.path.isdir(output):  # not Path.is_dir, which raises where permission is lacking
         parser.error(f"{output} is a folder; --output names a file")
     runs = read_runs(options.runs)
     try:
