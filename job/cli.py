@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn, Optional
 
 from job import run_dir
 from job.checkpoints import resume
-from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, load_config, written
+from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, from_home, load_config, written
 from job.distributed.placement import placement
 from job.errors import UsageError
 from job.fitness import preflight
@@ -48,7 +47,10 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"configuration file (YAML; default: configs/{DEFAULT_FILE.name})"
+        "--config",
+        type=from_home,
+        metavar="FILE",
+        help=f"configuration file (YAML; default: configs/{DEFAULT_FILE.name})",
     )
     parser.add_argument(
         "--check", action="store_true", help="check everything, print the whole configuration, start nothing"

@@ -7,6 +7,7 @@ written, the same command goes on.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from job.distributed.placement import launched, placement
+from job.distributed.watchdog import leaving
 from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
 
 _HOLD_SECONDS = 10.0
@@ -26,10 +28,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     A rank leaves through ``os._exit``: the ordinary way out would wait, in Horovod's and MXNet's own exit hooks, for
     ranks that may never answer, where no watchdog looks any more. All that has to be closed is closed by then.
     """
+    _ready_streams()
     try:
         main()
         sys.stdout.flush()
         sys.stderr.flush()
+        leaving.acquire()
         os._exit(0)
     except Preempted as stop:
         code = 0 if _launch_script_is_told() else stop.exit_code
@@ -42,8 +46,45 @@ def run(main: Callable[[], None]) -> NoReturn:
         _end("interrupted", 130)
     except BrokenPipeError:
         _end("nobody reads the output any more", 1)
+    except OSError:
+        _end(_about_output() or traceback.format_exc(), 1)
     except Exception:
         _end(traceback.format_exc(), 1)
+
+
+def _ready_streams() -> None:
+    """Have output never be what ends a run that is fine: it may be closed, know only ASCII, or have no width."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed by who started us, as by `2>&-`
+            _open_if_closed(descriptor)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for the life of the process)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for size in ("COLUMNS", "LINES"):
+        if os.environ.get(size, "").strip().lstrip("0") == "":  # rich would show nothing in no columns
+            os.environ.pop(size, None)
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """Or else the next file that is opened becomes the output of every library."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != descriptor:
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def _about_output() -> str:
+    """What is wrong with standard output, be it buffered or not; empty if one can write there."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        return f"standard output cannot be written: {error.strerror}; free some space, or send it elsewhere"
+    return ""
 
 
 def _let_another_rank_speak() -> None:
@@ -76,4 +117,5 @@ def _end(message: str, code: int, label: str = "error") -> NoReturn:
             print(f"{label}: {where}{message}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+    leaving.acquire()
     os._exit(code)

@@ -10,9 +10,8 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
-from typing import Any, List, Literal, Optional  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
+from typing import Any, List, Literal, Optional, get_args, get_origin  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +20,7 @@ from job.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FILE = ROOT / "configs" / "fashion_mnist.yaml"
+MOST_SECONDS = 1_000_000  # eleven days; the operating system's own calls take no more than twice that
 
 
 def _cache_home() -> Path:
@@ -43,19 +43,51 @@ class Section(BaseModel):
         """Refuse what pydantic would turn from a boolean into a number or back; take any scalar for a path."""
         kind = cls.model_fields[info.field_name].annotation
         items = value if isinstance(value, list) else [value]
+        if _is_text(kind):
+            listed = get_origin(kind) is list and isinstance(value, list)
+            value = [_as_typed(item) for item in value] if listed else _as_typed(value)
         if kind is not bool and any(isinstance(item, bool) for item in items):
             raise ValueError("input is a boolean (YAML reads yes, no, on and off as booleans)")
         if kind is bool and not isinstance(value, (bool, str)):
             raise ValueError("input should be true or false")
-        if kind in (Path, Optional[Path]) and isinstance(value, (int, float, date)):
-            return str(value)
-        if (
-            kind in (Path, Optional[Path])
-            and not (isinstance(value, (str, Path)) and str(value))
-            and (kind is Path or value is not None)
-        ):
-            raise ValueError("input should be a path")
+        if kind in (Path, Optional[Path]) and (kind is Path or value is not None):
+            return _path(value)
         return value
+
+
+class _Int(int):
+    """A whole number of a YAML file, and how it was typed: a folder may be called 007."""
+
+    text: str
+
+
+class _Float(float):
+    """Likewise."""
+
+    text: str
+
+
+def _as_typed(value: Any) -> Any:
+    return value.text if isinstance(value, (_Int, _Float)) else value
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field holds text, a path, or a list of texts."""
+    kinds = get_args(annotation) or (annotation,)
+    return any(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
+
+
+def _path(value: Any) -> Any:
+    """Of anything that may name one; a leading ``~`` is the home, which no shell puts in after ``run.dir=``."""
+    text = str(value) if isinstance(value, (str, Path, int, float)) else ""
+    if not text:
+        raise ValueError("input should be a path")
+    if "\0" in text:
+        raise ValueError("a path cannot hold a zero byte")
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        raise ValueError(f"{text.split('/')[0]} is nobody's home; write ./{text} for a folder of that name")
+    return expanded
 
 
 def _steps(text: str) -> range:
@@ -83,13 +115,20 @@ class RunConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="if loss or gradient is NaN or infinite: end, or skip the update"
     )
-    step_timeout_seconds: float = Field(300.0, gt=0, description="longest wait for another rank, in seconds")
+    step_timeout_seconds: float = Field(
+        300.0, gt=0, le=MOST_SECONDS, description="longest wait for another rank, in seconds"
+    )
     profile_steps: Optional[str] = Field(None, description="steps to profile: FIRST-LAST or one; the first is 1")
 
     @property
     def profiled(self) -> range:
         """The numbers of the steps to profile."""
         return range(0) if self.profile_steps is None else _steps(self.profile_steps)
+
+    @field_validator("resume")
+    @classmethod
+    def _resume_path(cls, value: str) -> str:
+        return str(_path(value))
 
     @field_validator("profile_steps")
     @classmethod
@@ -162,10 +201,12 @@ class DataConfig(Section):
         ],
         description="URLs that hold the four .gz files",
     )
-    download_timeout_seconds: float = Field(30.0, gt=0, description="longest silence of a mirror, in seconds")
+    download_timeout_seconds: float = Field(
+        30.0, gt=0, le=MOST_SECONDS, description="longest silence of a mirror, in seconds"
+    )
     download_attempts: int = Field(3, ge=1, description="tries for each file and mirror")
     lock_timeout_seconds: float = Field(
-        1800.0, gt=0, description="longest wait while another process fetches, in seconds"
+        1800.0, gt=0, le=MOST_SECONDS, description="longest wait while another process fetches, in seconds"
     )
     sha256: Sha256Config = Field(default_factory=Sha256Config)
 
@@ -226,6 +267,14 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="adam's decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="adam's guard against division by zero")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty; never on BatchNorm or biases")
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        """MXNet's operators take their numbers as float32, and refuse others in the middle of a run."""
+        if isinstance(value, float) and value and not 1e-30 <= value <= 1e30:
+            raise ValueError("MXNet computes with float32: input should be between 1e-30 and 1e30")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerConfig:
@@ -320,6 +369,11 @@ def choices_of(field: Any) -> Sequence[str]:
     return choices if all(isinstance(choice, str) for choice in choices) else ()
 
 
+def from_home(text: str) -> Path:
+    """The path that an option names; a shell expands ``--config ~/x``, and leaves ``--config=~/x`` as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def load_config(file: Optional[Path] = None, overrides: Sequence[str] = ()) -> Config:
     """Read ``file`` (default: the tutorial's recipe), apply ``key.path=value`` overrides, validate.
 
@@ -340,8 +394,16 @@ def load_config(file: Optional[Path] = None, overrides: Sequence[str] = ()) -> C
         raise UsageError("bad configuration\n" + "\n".join(f"  {problem}" for problem in problems)) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, of which plain YAML silently keeps the last."""
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which plain YAML silently keeps the last.
+
+    Numbers are decimal, and know how they were typed. YAML 1.1 reads 010 as eight, 12:30 as 750, and a date as no text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (of PyYAML)
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
@@ -355,10 +417,32 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: Any) -> Any:
+        whole = node.tag.endswith(":int")
+        number = _Int(node.value) if whole else _Float(self.construct_yaml_float(node))
+        number.text = node.value
+        return number
+
+    def of_argument(self, text: str) -> Any:
+        """What a plain word means, all of it: on a command line, what follows a # is no comment."""
+        return self.construct_object(yaml.ScalarNode(self.resolve(yaml.ScalarNode, text, (True, False)), text))
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]{1,300}$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+for _kind_of_number in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind_of_number}", _Loader.construct_decimal)
+
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"{file}: no such config file; the project's own are in {ROOT / 'configs'}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -376,8 +460,14 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UsageError(f"argument {text!r} is not of the form key.path=value, such as train.epochs=2")
+    field = dict(fields()).get(key)
+    is_text = field is not None and _is_text(field.annotation) and get_origin(field.annotation) is not list
+    if is_text and value == "~":  # here not YAML's null
+        return key, value
     try:
-        return key, yaml.safe_load(value)
+        if value.strip()[:1] in (("'", '"') if is_text else ("'", '"', "[", "{")):
+            return key, yaml.load(value, Loader=_Loader)
+        return key, _Loader("").of_argument(value if is_text else value.strip())
     except yaml.YAMLError:
         return key, value
 

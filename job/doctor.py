@@ -36,7 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from job import command
-from job.config import DEFAULT_FILE, Config, load_config
+from job.config import DEFAULT_FILE, Config, from_home, load_config
 from job.distributed.placement import cores
 from job.errors import JobError, UsageError
 from job.fitness import checks, facts
@@ -110,7 +110,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         "-np", type=_positive, metavar="N", help="ranks on this machine (default: one for each GPU, or 2)"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"as for train.py (default: configs/{DEFAULT_FILE.name})"
+        "--config", type=from_home, metavar="FILE", help=f"as for train.py (default: configs/{DEFAULT_FILE.name})"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
     options = parser.parse_intermixed_args(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -21,6 +22,7 @@ if not __package__:  # run as a script: find the package from any directory, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job import command
+from job.config import from_home
 from job.data.idx import CLASS_NAMES
 from job.errors import JobError
 from job.monitoring import curves
@@ -281,15 +283,15 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run (run.dir)")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page to write (default: report.html in the first RUN)"
+        "--output", type=from_home, metavar="FILE", help="the page to write (default: report.html in the first RUN)"
     )
     options = parser.parse_args()
     output = options.output or options.runs[0] / "report.html"
-    if output.is_dir():
+    if os.path.isdir(output):  # not Path.is_dir, which raises where permission is lacking
         parser.error(f"{output} is a folder; --output names a file")
     runs = read_runs(options.runs)
     try:
-        write_whole(output, page(runs))
+        write_whole(output, page(runs).encode("utf-8", "backslashreplace").decode("utf-8"))
     except OSError as error:
         raise JobError(f"{output}: cannot be written: {error.strerror}; give another --output FILE") from None
     for note in (note for run in runs for note in run.notes):

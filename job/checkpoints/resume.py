@@ -157,10 +157,11 @@ def require_same_run(found: Checkpoint, now: Mapping[str, Any]) -> None:
     """
     differing = differences(json.loads(found.state)["config"], now)
     if differing:
+        keys = [line.partition(":")[0] for line in differing]
         raise UsageError(
             f"the checkpoint after step {found.step} is of another run; they differ in\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\ngive another run.dir, or say with run.resume_ignoring=[KEY, ...] which keys may differ"
+            + f"\ngive another run.dir, or add run.resume_ignoring=[{','.join(keys)}] to go on with the new values"
         )
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +25,9 @@ from typing import Any, NamedTuple, Optional
 import mxnet as mx
 import numpy as np
 
+from job import storage
 from job.errors import CheckpointError
+from job.run_dir import CHECKPOINT, UNFINISHED
 
 FORMAT = 2  # 1 was of runs without shards
 ARRAYS, STATE, MANIFEST = "arrays.params", "state.json", "manifest.json"
@@ -59,6 +61,7 @@ class Store:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
+        self._stay: set[Path] = set()  # of what cannot be removed, and the user knows it
 
     def write(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], score: Any = None) -> None:
         """Write a checkpoint, and then remove those that are neither among the newest nor the best.
@@ -82,10 +85,10 @@ class Store:
             for name, content in files.items():
                 _write(temporary / name, content)
             _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(_network(arrays))))
-            _sync(temporary)
+            storage.sync_folder(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)
-            _sync(self.folder)
+            storage.sync_folder(self.folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -94,7 +97,7 @@ class Store:
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
-        return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step_of, reverse=True)
+        return sorted((path for path in found if CHECKPOINT.fullmatch(path.name)), key=_step_of, reverse=True)
 
     def newest(self, warn: Callable[[str], None]) -> Optional[Checkpoint]:
         """The newest intact checkpoint, None if there is none at all; ``warn`` is told of each damaged one before it.
@@ -117,8 +120,8 @@ class Store:
     def tidy(self, last_step: int) -> None:
         """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            if path.name.endswith(_PARTIAL) or (path in self.paths() and _step_of(path) > last_step):
-                _remove(path)
+            if UNFINISHED.fullmatch(path.name) or (path in self.paths() and _step_of(path) > last_step):
+                self._remove_old(path)
 
     def _retain(self) -> None:
         paths = self.paths()
@@ -126,7 +129,16 @@ class Store:
         best = max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
         for path in paths[self._keep :]:
             if path != best:
-                _remove(path)
+                self._remove_old(path)
+
+    def _remove_old(self, path: Path) -> None:
+        """What is too much is no reason to end a run: on NFS a file that somebody reads stays as long as that."""
+        try:
+            _remove(path)
+        except OSError as error:
+            if path not in self._stay:
+                print(f"warning: {path}: cannot remove it: {error.strerror}; it stays", file=sys.stderr, flush=True)
+            self._stay.add(path)
 
 
 class BackgroundWriter:
@@ -294,17 +306,11 @@ def _write(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(path: Path) -> None:
     """Remove a folder so that at no moment half of it bears the name of a checkpoint."""
     if path.exists():
         if not path.name.endswith(_PARTIAL):
-            path = path.rename(path.with_name(f"{path.name}.old{_PARTIAL}"))
+            renamed = path.with_name(f"{path.name}.old{_PARTIAL}")
+            os.rename(path, renamed)
+            path = renamed
         shutil.rmtree(path)

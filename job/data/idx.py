@@ -7,14 +7,13 @@ start, and mapped where they lie: the ranks of a node share one copy in the page
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import math
 import os
 import shutil
-import socket
 import struct
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from job import storage
 from job.data import download
 from job.data.download import AptPackage, FileUnavailable, Folder, Mirror, Say, Source, SourceUnavailable
 from job.errors import DataError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_ITEMS = 1_000_000  # a header that promises more is damaged, or a bomb
 POLL_SECONDS = 0.05
+SCRATCH = ".horovod-gluon-job-"  # begins the name of a folder to work in, which nothing else may bear
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -187,7 +188,7 @@ def _ready(config: DataConfig, digests: dict[IdxFile, str], say: Say | None = No
     paths = {}
     for file, digest in digests.items():
         in_place, cached = config.dir and config.dir / file.name, _cached_path(config, file, digest)
-        if in_place and os.path.isfile(in_place):
+        if in_place and os.path.isfile(in_place) and not _is_compressed(in_place):
             paths[file] = in_place
         elif os.path.exists(cached):  # not Path.exists, which raises where permission is lacking
             try:
@@ -239,9 +240,13 @@ def _decoded(path: Path, file: IdxFile) -> Iterator[bytes]:
 
 
 def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if _is_compressed(path) else path.open("rb")  # type: ignore[return-value]
+
+
+def _is_compressed(path: Path) -> bool:
+    """By its content: some servers decompress on the way, and some tools compress without another name."""
     with path.open("rb") as stream:
-        compressed = stream.read(2) == b"\x1f\x8b"  # not by name: some servers decompress on the way
-    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
+        return stream.read(2) == b"\x1f\x8b"
 
 
 def _sources(config: DataConfig, say: Say) -> list[Source]:
@@ -306,40 +311,47 @@ def _how_to_help(missing: list[str], failures: list[str]) -> str:
 @contextlib.contextmanager
 def _locked_cache(config: DataConfig, say: Say) -> Iterator[Path]:
     """Hold the cache alone, with an empty folder to work in. The kernel frees the lock when its holder dies."""
-    scratch = config.cache_dir / "partial"
+    scratch = None
     try:
         config.cache_dir.mkdir(parents=True, exist_ok=True)
-        with (config.cache_dir / "lock").open("a+") as lock:
-            _acquire(lock, config.lock_timeout_seconds, say)
-            shutil.rmtree(scratch, ignore_errors=True)  # left by a holder that was killed
-            scratch.mkdir()
-            try:
-                yield scratch
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        with (config.cache_dir / "lock").open("a+", errors="replace") as lock:
+            if _acquire(lock, config.lock_timeout_seconds, say):
+                for left in config.cache_dir.glob(f"{SCRATCH}*"):  # by a holder that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=config.cache_dir))  # alone in it, locks or not
+            yield scratch
     except OSError as error:
         raise DataError(
             f"{config.cache_dir}: cannot store the data set there: {error}; set data.cache_dir to a writable folder, or"
             " data.dir to one that holds the four files decompressed, which needs no cache"
         ) from error
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _acquire(lock: IO[str], timeout_seconds: float, say: Say) -> None:
-    deadline, holder = time.monotonic() + timeout_seconds, ""
+def _acquire(lock: IO[str], timeout_seconds: float, say: Say) -> bool:
+    """Wait for the lock; whether it is held, and not just passed by because the file system has no locks."""
+    _refuse_stranger(Path(lock.name))
+    deadline, told = time.monotonic() + timeout_seconds, False
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = storage.lock(lock)
             break
-        except BlockingIOError:
-            pass
-        if not holder:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+        except storage.InUse as error:
+            holder = str(error)
+        if not told:
             say(f"data: waiting for {holder}, which is fetching it")
+            told = True
         if time.monotonic() > deadline:
             advice = "end it, or raise data.lock_timeout_seconds"
             raise DataError(f"{lock.name}: {holder} still holds it after {timeout_seconds:g} s; {advice}")
         time.sleep(POLL_SECONDS)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    storage.sign(lock)
+    return held
+
+
+def _refuse_stranger(lock: Path) -> None:
+    """The holder signs the lock, and must not write over a file of somebody else's."""
+    if lock.stat().st_size and not storage.is_signed(lock):
+        raise DataError(f"{lock}: is not the lock of this program; set data.cache_dir to a folder of its own")

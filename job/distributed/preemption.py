@@ -28,6 +28,10 @@ class Preemption:
         self.signal = ""  # the first that came, by name
 
     def __enter__(self) -> Preemption:
+        self._hears = threading.current_thread() is threading.main_thread()
+        if not self._hears:  # as in a notebook: only the main thread may say what a signal does
+            print("warning: not in the main thread, so no signal stops this run with a checkpoint", file=sys.stderr)
+            return self
         self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -39,6 +43,8 @@ class Preemption:
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
+        if not self._hears:
+            return
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

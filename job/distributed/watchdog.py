@@ -15,6 +15,7 @@ from typing import Optional
 
 _POLL_SECONDS = 0.5
 _PAUSE_SECONDS = 2.0  # a look that comes so much too late tells that this process was itself stopped
+leaving = threading.Lock()  # taken, and never released, by the thread that decides how the process ends
 
 
 def tell(message: str, stacks: bool = True) -> None:
@@ -28,6 +29,7 @@ def tell(message: str, stacks: bool = True) -> None:
 
 def end_process(message: str) -> None:
     """Say why, show where every thread stands, and leave: a rank that waits inside MXNet cannot be woken."""
+    leaving.acquire()  # nobody ends with 0 while this is being said
     tell(message)
     os._exit(1)
 

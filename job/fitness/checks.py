@@ -183,6 +183,14 @@ def left_over(files: Sequence[str]) -> Check:
     return Check("left over", "ok", "nothing of a killed mpirun in /dev/shm")
 
 
+def compiler(disable_jit: str | None) -> Check:
+    """``disable_jit`` as of the environment's NUMBA_DISABLE_JIT, which is for debuggers."""
+    if disable_jit and disable_jit != "0":
+        message = f"NUMBA_DISABLE_JIT={disable_jit}: the loops are not compiled, and a step takes 30 times as long"
+        return Check("compiler", "warn", message, "unset it")
+    return Check("compiler", "ok", "loops are compiled")
+
+
 def memory(available_bytes: int, ranks: int) -> Check:
     """What is left of the machine's memory, or of the container's."""
     message = f"{_size(available_bytes)} for {_count(ranks, 'rank')}"

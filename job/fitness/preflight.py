@@ -26,7 +26,8 @@ def check(config: Config) -> list[Check]:
     gpu = checks.gpu(gpus, checks.has_gpu_wheel(facts.packages()), device)
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     threads = checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores())
-    found = [gpu, checks.cores(ranks, cores()), threads]
+    compiler = checks.compiler(os.environ.get("NUMBA_DISABLE_JIT"))
+    found = [gpu, checks.cores(ranks, cores()), threads, compiler]
     if on_gpus:
         found.append(checks.driver(gpus))
     if placement().rank == 0:

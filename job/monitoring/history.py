@@ -81,7 +81,14 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
         if whole.count(path) > 1:
             raise UsageError(f"{folder}: given twice")
     names = [path.name for path in whole]
-    return [_read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names)]
+    try:
+        return [
+            _read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names)
+        ]
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename}: cannot be read: {error.strerror}; mend the name or the permissions"
+        ) from None
 
 
 def _read_run(folder: Path, name: str) -> History:

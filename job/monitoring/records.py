@@ -7,13 +7,12 @@ produces the same records, up to what its own clock says; only rank 0 has writer
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from job.run_dir import write_summary, write_whole
+from job.errors import JobError
+from job.run_dir import finite, write_summary, write_whole
 
 Record = dict[str, Any]
 
@@ -39,11 +38,11 @@ class JsonLines(Writer):
 
     def __init__(self, file: Path, last_step: int = 0) -> None:
         if file.exists():
-            write_whole(file, "".join(_lines_up_to(last_step, file.read_text(encoding="utf-8"))))
+            write_whole(file, _up_to(last_step, file))
         self._stream = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed by close)
 
     def write(self, record: Record) -> None:
-        self._stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def sync(self) -> None:
         os.fsync(self._stream.fileno())
@@ -52,20 +51,34 @@ class JsonLines(Writer):
         self._stream.close()
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _up_to(last_step: int, file: Path) -> str:
+    """The records that stay.
+
+    Raises:
+        JobError: a line before the last one is damaged; what it held, nobody can say.
+    """
+    kept = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # a killed writer may leave half a line
+            break
+        step = _step_of(line)
+        if step is None:
+            raise JobError(
+                f"{file}, line {number}: damaged, not a record: {line[:60]!r}; mend or delete that line, and the same"
+                " command goes on"
+            )
+        if step > last_step:
+            break
+        kept.append(line.decode())
+    return "".join(kept)
 
 
-def _lines_up_to(last_step: int, text: str) -> Iterator[str]:
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:  # a killed writer may leave half a line
-            return
-        yield line
+def _step_of(line: bytes) -> Optional[int]:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class Summary(Writer):

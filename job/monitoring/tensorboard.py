@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+import queue
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
 from mxnet.gluon import nn
 from PIL import Image
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, event_file_writer
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
@@ -83,7 +86,10 @@ class TensorBoard(Writer):
         suffix = f".{time.time_ns()}"
         self._folder = folder
         # TensorBoard takes the first mark of a start for the beginning, and forgets steps only from the second on.
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if goes_on else 0, filename_suffix=suffix)
+        purge_step = last_step + 1 if goes_on else 0
+        with _a_queue_within_the_process():
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
+        _name_after_the_others(self._writer, folder)
         _write_at_once(self._writer)
         self._subject = subject
         self._described = False
@@ -169,6 +175,37 @@ class TensorBoard(Writer):
         self._writer.file_writer.add_summary(Summary(value=[value]))
 
 
+def _name_after_the_others(writer: SummaryWriter, folder: Path) -> None:
+    """Have readers come to this file last. They go by the time in its name, and the clock may have been set back."""
+    file = Path(writer.file_writer.event_writer._ev_writer._file_name)
+    others = [_time_of(other) for other in folder.glob("events.*") if other.name != file.name]
+    if others and _time_of(file) <= max(others):
+        file.rename(file.with_name(file.name.replace(str(_time_of(file)), str(max(others) + 1), 1)))
+
+
+def _time_of(file: Path) -> int:
+    found = re.match(r"events\.out\.tfevents\.(\d+)", file.name)
+    return int(found[1]) if found else 0
+
+
+class _Queue(queue.Queue):
+    """With the one method more that tensorboardX calls."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+@contextmanager
+def _a_queue_within_the_process() -> Iterator[None]:
+    """TensorboardX takes one between processes, which needs /dev/shm, for a thread of its own."""
+    was = event_file_writer.multiprocessing
+    event_file_writer.multiprocessing = SimpleNamespace(Queue=_Queue)
+    try:
+        yield
+    finally:
+        event_file_writer.multiprocessing = was
+
+
 def _write_at_once(writer: SummaryWriter) -> None:
     """Have this thread write the events.
 
@@ -226,7 +263,7 @@ def session_start(config: Config, ranks: int) -> plugin_data_pb2.SessionStartInf
         elif isinstance(value, (int, float)):
             start.hparams[key].number_value = value
         elif isinstance(value, str):
-            start.hparams[key].string_value = value
+            start.hparams[key].string_value = readable(value)
     return start
 
 
@@ -251,4 +288,9 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 def table(rows: Mapping[str, Any]) -> str:
     """A Markdown table of names and values."""
     lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return readable("\n".join(["| | |", "|---|---|", *lines]))
+
+
+def readable(text: str) -> str:
+    """``text`` without what UTF-8 cannot hold: a path may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -11,12 +11,12 @@ The passes subtract a ``center`` (C,) before they multiply, in the arrays' own p
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import mxnet as mx
-import numba
 import numpy as np
+
+from job.networks.compiled import compiled
 
 Vector = np.ndarray
 
@@ -124,20 +124,8 @@ def host_view(array: mx.nd.NDArray) -> np.ndarray:
     return np.frombuffer(memory, dtype=dtype).reshape(array.shape)
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile to machine code at the first call, without the interpreter's lock; ``options`` are numba's."""
-
-    def compile_(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # nowhere to keep compiled code, as in a read-only container
-            return numba.njit(nogil=True, **options)(function)
-
-    return compile_
-
-
 # Sums reordered for vector units: in another order than they are written in, but in the same one each time.
-_compiled = compiled(fastmath={"reassoc", "contract", "nsz", "arcp"})
+_compiled = compiled(reorders_sums=True)
 
 
 def _cast(like: np.ndarray, *vectors: Vector) -> list[np.ndarray]:

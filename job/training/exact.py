@@ -11,7 +11,8 @@ import mxnet as mx
 import numpy as np
 
 from job.distributed.comm import Comm
-from job.networks.kernels import compiled, host_view
+from job.networks.compiled import compiled
+from job.networks.kernels import host_view
 
 SCALE = 2.0**44
 LARGEST = 2.0**18  # of the sum: 2^62 as an integer
@@ -70,7 +71,7 @@ def sum_of_squares(values: np.ndarray) -> float:
     return float(_sum_of_squares(values))
 
 
-@compiled()
+@compiled(reorders_sums=False)
 def _add(first, second, values, limit):  # type: ignore[no-untyped-def]
     refused = 0
     for i in range(values.size):
@@ -86,7 +87,7 @@ def _add(first, second, values, limit):  # type: ignore[no-untyped-def]
     return refused
 
 
-@compiled()
+@compiled(reorders_sums=False)
 def _read(first, second, sums):  # type: ignore[no-untyped-def]
     for i in range(sums.size):
         if second.size:
@@ -95,7 +96,7 @@ def _read(first, second, sums):  # type: ignore[no-untyped-def]
             sums[i] = np.float64(first[i]) / SCALE
 
 
-@compiled()
+@compiled(reorders_sums=False)
 def _sum_of_squares(values):  # type: ignore[no-untyped-def]
     total = np.float64(0.0)
     for i in range(values.size):

@@ -142,8 +142,9 @@ class Learner:
         if self._sums.refused and not self._skips:
             raise DivergedError(
                 f"step {self.steps}: the loss or the gradient is not finite, or too large to go on with; the last"
-                " checkpoint is from before it. Lower optimizer.learning_rate, set train.clip_gradient_norm, or drop"
-                " such updates with run.on_nonfinite=skip"
+                " checkpoint is from before it. Lower optimizer.learning_rate (in the same run.dir with"
+                " run.resume_ignoring=[optimizer.learning_rate]), set train.clip_gradient_norm, or drop such updates"
+                " with run.on_nonfinite=skip"
             )
         if self._sums.refused:
             self._undo(before)

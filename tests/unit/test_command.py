@@ -136,3 +136,67 @@ def test_a_failure_ends_the_process_though_nobody_reads_its_output() -> None:
     finally:
         process.kill()
     assert (process.returncode, errors) == (1, "error: lost\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize(("body", "code"), [("print('worked')", 0), ("raise JobError('lost')", 1)])
+def test_closed_output_changes_nothing_of_how_a_command_ends(closed: str, body: str, code: int) -> None:
+    script = f"{PREAMBLE}\nimport sys\ndef main():\n    print('note', file=sys.stderr)\n    {body}\ncommand.run(main)\n"
+    command = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, script]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=20)
+    assert ended.returncode == code
+    assert "AttributeError" not in ended.stdout + ended.stderr
+    assert "note" not in ended.stdout
+
+
+def test_output_on_a_full_disk_is_told_in_one_message() -> None:
+    script = f"{PREAMBLE}\ncommand.run(lambda: print('much', flush=True))\n"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=20)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: standard output cannot be written: No space left on device; free some space, or send it elsewhere\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_folder_of_any_bytes_can_be_named_in_any_encoding(encoding: str) -> None:
+    script = f"{PREAMBLE}\ncommand.run(lambda: print('in', b'm\\xc3\\xbcll\\xff'.decode('utf-8', 'surrogateescape')))\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment(), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=20,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.startswith(b"in m") and b"\\udcff" in ended.stdout
+
+
+def test_no_columns_are_not_taken_for_a_width() -> None:
+    script = f"{PREAMBLE}\nfrom rich.console import Console\ncommand.run(lambda: Console().print('worked'))\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment(), "COLUMNS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "worked\n")
+
+
+def test_what_the_watchdog_has_said_is_how_the_process_ends() -> None:
+    """Its error is being printed while the run comes to its end."""
+    ended = run(
+        "from job.distributed import watchdog\n"
+        "saying = threading.Event()\n"
+        "tell = watchdog.tell\n"
+        "def slow(message):\n"
+        "    saying.set()\n"
+        "    tell(message, stacks=False)\n"
+        "    time.sleep(0.5)\n"
+        "watchdog.tell = slow\n"
+        "threading.Thread(target=watchdog.end_process, args=('step 1: no answer',)).start()\n"
+        "saying.wait()"
+    )
+    assert (ended.returncode, ended.stderr) == (1, "error: step 1: no answer\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.config import DEFAULT_FILE, ROOT, Config, fields, load_config
+from job.config import DEFAULT_FILE, ROOT, Config, fields, from_home, load_config
 from job.errors import UsageError
 
 CONTRACT_KEYS = """
@@ -54,6 +54,14 @@ BAD_FILES = {
     "above <= 1": ("schedule: {final_fraction: 1.5}", ["schedule.final_fraction", "less than or equal to 1", "1.5"]),
     "at < 2**31": ("run: {seed: 2147483648}", ["run.seed", "less than 2147483648"]),
     "zero for an optional": ("train: {max_steps: 0}", ["train.max_steps", "greater than or equal to 1"]),
+    "seconds beyond any clock": (
+        "data: {download_timeout_seconds: 1e300}", ["data.download_timeout_seconds", "less than or equal to 1000000"],
+    ),
+    "wait beyond any clock": ("run: {step_timeout_seconds: 1e300}", ["run.step_timeout_seconds", "1000000"]),
+    "lock beyond any clock": ("data: {lock_timeout_seconds: 1e300}", ["data.lock_timeout_seconds", "1000000"]),
+    "more than float32": ("optimizer: {learning_rate: 1e308}", ["optimizer.learning_rate", "float32", "1e+308"]),
+    "less than float32": ("optimizer: {learning_rate: 1e-320}", ["optimizer.learning_rate", "float32"]),
+    "decay beyond float32": ("optimizer: {weight_decay: 1e308}", ["optimizer.weight_decay", "float32"]),
     "not a number": ("optimizer: {learning_rate: .nan}", ["optimizer.learning_rate", "finite", "nan"]),
     "infinite": ("run: {step_timeout_seconds: .inf}", ["run.step_timeout_seconds", "finite", "inf"]),
     "nan in a list": ("schedule: {name: step, step_epochs: [.nan]}", ["schedule.step_epochs.0", "finite", "nan"]),
@@ -180,6 +188,61 @@ def test_what_is_wrong_in_unusual_ways_is_told_as_well(
 @pytest.mark.parametrize("name", ["1", "0.25", "2026-11-23"])
 def test_a_folder_may_be_called_by_a_number_or_a_date(tmp_path: Path, name: str) -> None:
     assert load(tmp_path, "", f"run.dir={name}").run.dir == Path(name)
+
+
+TYPED = ["007", "1.10", "12:30", "exp #2", "2026-11-23", "1_000", "0x10", "1e3", "08", "a: b", "[a]", "{a}", ".5", "-1"]
+
+
+@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.parametrize("key", ["run.dir", "data.dir", "data.cache_dir", "run.resume"])
+def test_text_on_the_command_line_stays_as_it_was_typed_and_is_kept_so(tmp_path: Path, key: str, name: str) -> None:
+    section, field = key.split(".")
+    config = load(tmp_path, "", f"{key}={name}")
+    assert str(getattr(getattr(config, section), field)) == name
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("name", ["007", "1.10", "12:30", "2026-11-23", "1_000", "0x10", "1e3", "08", ".5"])
+def test_text_in_a_file_stays_as_it_was_typed(tmp_path: Path, name: str) -> None:
+    assert str(load(tmp_path, f"run: {{dir: {name}}}").run.dir) == name
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("08", 8), ("+7", 7), ("1e1", 10), ("10.0", 10)])
+def test_a_whole_number_is_decimal(tmp_path: Path, text: str, number: int) -> None:
+    assert load(tmp_path, "", f"train.epochs={text}").train.epochs == number
+    assert load(tmp_path, f"train: {{epochs: {text}}}").train.epochs == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("010.5", 10.5), ("1e-2", 0.01), (".5", 0.5), ("5.", 5)])
+def test_a_number_is_decimal(tmp_path: Path, text: str, number: float) -> None:
+    assert load(tmp_path, "", f"optimizer.learning_rate={text}").optimizer.learning_rate == number
+    assert load(tmp_path, f"optimizer: {{learning_rate: {text}}}").optimizer.learning_rate == number
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "0b1", "0o10", "2026-11-23", "10 # ten", "9" * 5000])
+def test_what_is_no_decimal_number_is_no_number(tmp_path: Path, text: str) -> None:
+    assert "train.epochs" in complaint(None, [f"train.epochs={text}"])
+
+
+def test_the_home_is_put_in_wherever_a_path_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("run.dir", "data.dir", "data.cache_dir", "run.resume"):
+        section, field = key.split(".")
+        for config in (load(tmp_path, "", f"{key}=~/x"), load(tmp_path, f"{section}: {{{field}: ~/x}}")):
+            assert str(getattr(getattr(config, section), field)) == f"{tmp_path}/x"
+    assert load(tmp_path, "", "run.dir=~").run.dir == tmp_path
+    assert from_home("~/x") == tmp_path / "x"
+
+
+def test_the_home_of_nobody_is_refused(tmp_path: Path) -> None:
+    message = complaint(None, ["run.dir=~nobody-of-that-name/x"])
+    assert "~nobody-of-that-name is nobody's home; write ./~nobody-of-that-name/x" in message
+
+
+def test_a_path_with_a_zero_byte_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text('run: {dir: "a\\0b"}')
+    assert "run.dir: a path cannot hold a zero byte" in complaint(file, [])
 
 
 def test_a_section_whose_keys_are_all_comments_means_its_defaults(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,12 @@ def test_a_named_checkpoint_must_be_one(tmp_path: Path) -> None:
 
 def test_nothing_of_the_configuration_is_lost_in_json() -> None:
     assert json.loads(json.dumps(of())) == of()
+
+
+def test_the_refusal_of_another_run_gives_the_option_that_goes_on_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path)
+    asked = ["run.resume=auto", "optimizer.learning_rate=0.1", "train.label_smoothing=0.1"]
+    with pytest.raises(UsageError) as caught:
+        resume.check(config(tmp_path, *asked), 2)
+    (option,) = re.findall(r"add (run\.resume_ignoring=\S+) to go on", str(caught.value))
+    resume.check(config(tmp_path, *asked, option), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -477,6 +478,29 @@ def test_a_write_that_failed_is_told_and_nothing_is_written_after_it(tmp_path: P
     writer.write(3, ARRAYS, VALUES)
     writer.wait()
     assert not tmp_path.exists()
+    writer.close()
+
+
+@pytest.mark.parametrize("call", ["rename", "rmtree"])
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    def busy(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(("step-00000001", "step-00000001.old.partial")):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return real(path, *arguments, **options)
+
+    where = os if call == "rename" else shutil
+    real = getattr(where, call)
+    monkeypatch.setattr(where, call, busy)
+    writer = BackgroundWriter(Store(tmp_path, keep=1))
+    for step in (1, 2, 3):
+        writer.write(step, ARRAYS, VALUES)
+        writer.wait()
+    assert writer.failure == ""
+    assert Store(tmp_path, 1).paths()[0].name == "step-00000003"
+    assert capsys.readouterr().err.count("cannot remove it: Device or resource busy; it stays") == 1
+    Store(tmp_path, 1).tidy(last_step=3)  # a restart meets it as well
     writer.close()
 
 

@@ -342,7 +342,7 @@ def test_a_damaged_file_from_elsewhere_is_named_and_not_cached(fault: str, tmp_p
     with pytest.raises(DataError, match=f"{tmp_path}/package/{name}.*{complaint}"):
         idx.load(config(tmp_path, sha256={KEYS[name]: hashlib.sha256(body).hexdigest()}))
     assert cached(tmp_path) == []
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_damaged_gzip_file_is_named_and_not_cached(
     with pytest.raises(DataError, match=f"{path}: "):
         idx.load(config(tmp_path, dir=tmp_path / "mine"))
     assert TRAIN_IMAGES not in cached(tmp_path)
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
 
 
 def test_a_decompression_bomb_is_left_at_the_size_that_its_header_promises(tmp_path: Path) -> None:
@@ -535,7 +535,7 @@ def test_when_the_holder_of_the_lock_is_killed_the_waiter_goes_on_and_cleans_up(
     holder = start(values)
     assert mirror.asked.wait(60)
     assert cached(tmp_path) == [f"{TRAIN_IMAGES}.gz"]  # what the killed process will leave
-    (tmp_path / "cache" / "partial" / "more").touch()
+    next((tmp_path / "cache").glob(f"{idx.SCRATCH}*/")).joinpath("more").touch()
 
     def say(line: str) -> None:
         if "waiting" in line:
@@ -564,7 +564,14 @@ def test_a_full_disk_is_told_as_the_caches_fault_and_leaves_nothing_behind(
     output, _ = start(config(tmp_path), file_size_limit=10_000).communicate()
     assert f"DataError: {tmp_path}/cache: cannot store the data set there: [Errno 27] File too large" in output
     assert cached(tmp_path) == []
-    assert not (tmp_path / "cache" / "partial").exists()
+    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
+
+
+def test_compressed_bytes_under_the_plain_name_are_decompressed_before_they_are_mapped(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "mine", {name: gzip.compress(body) for name, body in CONTENT.items()}, compressed=False)
+    assert is_right(idx.load(config(tmp_path, dir=folder)))
+    assert is_right(idx.load(config(tmp_path, dir=folder)))  # from the cache
+    assert len(idx.locate(config(tmp_path, dir=folder))) == 4
 
 
 def arguments(values: DataConfig) -> list[str]:

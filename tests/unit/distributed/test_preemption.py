@@ -92,3 +92,18 @@ def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_in_another_thread_than_the_main_one_it_says_that_it_hears_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a notebook, whose cells may run in a thread."""
+    heard: list[str] = []
+
+    def enter() -> None:
+        with Preemption() as preemption:
+            heard.append(preemption.signal)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert heard == [""]
+    assert "warning: not in the main thread" in capsys.readouterr().err

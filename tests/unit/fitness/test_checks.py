@@ -211,3 +211,10 @@ def test_more_checkpoints_need_more_room(tmp_path: Path) -> None:
     greedy = Config.model_validate({"checkpoint": {"keep": 1000}})
     assert checks.disk(Disk(10 * GIB, None), CONFIG).status == "ok"
     assert checks.disk(Disk(10 * GIB, None), greedy).status == "warn"
+
+
+@pytest.mark.parametrize(("value", "status"), [(None, "ok"), ("", "ok"), ("0", "ok"), ("1", "warn")])
+def test_loops_that_are_not_compiled_are_told(value: str | None, status: str) -> None:
+    check = checks.compiler(value)
+    assert check.status == status
+    assert status == "ok" or "NUMBA_DISABLE_JIT=1: the loops are not compiled" in check.sentence

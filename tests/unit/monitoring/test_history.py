@@ -113,3 +113,8 @@ def test_runs_are_called_by_their_folder_and_by_their_path_where_two_are_alike(t
     assert [run.name for run in read_runs(folders)] == [str(folders[0]), str(folders[1]), "other"]
     with pytest.raises(UsageError, match="given twice"):
         read_runs([folders[0], tmp_path / "b" / ".." / "a" / "same"])
+
+
+def test_a_folder_that_cannot_be_looked_at_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: File name too long"):
+        read_runs([tmp_path / ("x" * 300)])

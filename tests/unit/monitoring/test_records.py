@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from job.distributed.comm import Comm
+from job.errors import JobError
 from job.monitoring.recorder import Recorder
-from job.monitoring.records import JsonLines
+from job.monitoring.records import JsonLines, Summary
 from job.monitoring.writers import open_writers
 from tests.examples import TEST, TRAIN
 
@@ -61,3 +62,24 @@ def test_records_after_the_step_that_is_gone_on_from_are_removed_and_half_a_line
     writer.write({**TRAIN, "step": 7})
     writer.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [5, 6, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 6, "lo', b"\x00\x00\x00", b"\xff\xfe", b"[]", b'{"loss": 1}', b"7", b'{"step": "six"}']
+)
+def test_a_damaged_line_amid_the_records_is_named_and_nothing_is_lost(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    content = b'{"step": 5}\n' + line + b'\n{"step": 7}\n'
+    file.write_bytes(content)
+    with pytest.raises(JobError, match=r"metrics\.jsonl, line 2: damaged.*delete that line"):
+        JsonLines(file, last_step=6)
+    assert file.read_bytes() == content
+
+
+def test_the_summary_is_json_for_any_reader_though_the_loss_is_not_a_number(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    Summary(tmp_path).finish({"test_loss": float("nan"), "all": (1.5, float("-inf"))})
+    read = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert read == {"test_loss": None, "all": [1.5, None]}

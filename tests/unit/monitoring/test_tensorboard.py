@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing.synchronize
 import os
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -162,6 +164,20 @@ def steps_of(folder: Path) -> dict[str, list[int]]:
 
 KINDS = ("scalars", "images", "histograms", "text")
 WITHOUT_STEPS = ("__run_graph__", "custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info")
+
+
+@pytest.mark.parametrize("seconds", [-86_400, -1, 0, 86_400])
+def test_after_a_resume_with_another_clock_no_step_is_lost_or_comes_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """Readers come to the files in the order of the times in their names."""
+    started = time.time()
+    for start, last_step in enumerate((0, 2, 3)):
+        monkeypatch.setattr(time, "time", lambda start=start: started + start * seconds)
+        steps = range(last_step + 1, last_step + 4)
+        write(tmp_path, *({**TRAIN, "step": step, "loss": 10.0 * start + step} for step in steps), last_step=last_step)
+    points = [(event.step, event.value) for event in read(tmp_path).Scalars("train/loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
 
 
 def test_after_a_resume_no_step_comes_twice_or_goes_back(tmp_path: Path) -> None:
@@ -359,6 +375,22 @@ def test_the_columns_of_that_table_have_types_that_fit_every_value() -> None:
     for name, value in started.items():
         expected = {"bool_value": "BOOL", "number_value": "FLOAT64", "string_value": "STRING"}
         assert kinds[name] == expected[value.WhichOneof("kind")], name
+
+
+def test_a_folder_of_any_bytes_can_be_shown() -> None:
+    folder = b"a\xff".decode("utf-8", "surrogateescape")
+    assert tensorboard.table({"run.dir": folder}).encode("utf-8").endswith(b"| run.dir | a\\udcff |")
+
+
+def test_shared_memory_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/shm may be missing or read-only; then no semaphore between processes can be made."""
+
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", missing)
+    write(tmp_path, {**TRAIN, "step": 1, "loss": 2.0})
+    assert [event.value for event in read(tmp_path).Scalars("train/loss")] == [2.0]
 
 
 def test_a_network_that_is_no_sequence_would_be_a_mistake_found_here() -> None:
