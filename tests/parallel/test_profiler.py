@@ -104,8 +104,8 @@ def test_a_rank_whose_input_is_slow_shows_as_input_there_and_as_wait_on_the_othe
     profile = tmp_path / "run" / "profile"
     assert all(steps_in(profile / f"steps-3-5.rank{rank}.json") == ["step 3", "step 4", "step 5"] for rank in (0, 1))
     counted = allreduces(profile / "steps-3-5.horovod.json")
-    assert counted["horovod_allreduce.batch_norm.0.0.forward"] == 3
-    assert counted["horovod_allreduce.batch_norm.0.1.backward.0"] == 3
+    assert counted["horovod_allreduce.batch_norm.1.0.forward"] == 3
+    assert counted["horovod_allreduce.batch_norm.1.1.backward.0"] == 3
 
 
 def test_a_profiled_run_that_is_stopped_and_goes_on_profiles_the_rest_and_learns_the_same(tmp_path: Path) -> None:
@@ -122,13 +122,13 @@ def test_a_profiled_run_that_is_stopped_and_goes_on_profiles_the_rest_and_learns
         "steps-2-6.horovod.json", "steps-2-6.rank0.json", "steps-2-6.rank1.json",
     ]  # fmt: skip
     assert steps_in(profile / "steps-2-6.rank1.json") == [f"step {step}" for step in range(2, stopped + 1)]
-    assert allreduces(profile / "steps-2-6.horovod.json")["horovod_allreduce.batch_norm.0.0.forward"] == stopped - 1
+    assert allreduces(profile / "steps-2-6.horovod.json")["horovod_allreduce.batch_norm.1.0.forward"] == stopped - 1
 
     whole = tmp_path / "whole.json"  # a timeline of the whole run, which the user has asked Horovod for
     code, printed = run(PLAIN, tmp_path / "run", *profiled, HOROVOD_TIMELINE=str(whole))
     assert code == 0, printed
     assert "Horovod's timeline: none, as HOROVOD_TIMELINE names another" in printed
-    assert allreduces(whole)["horovod_allreduce.batch_norm.0.0.forward"] == 6 - stopped
+    assert allreduces(whole)["horovod_allreduce.batch_norm.1.0.forward"] == 6 - stopped
     rest = f"{stopped + 1}-6" if stopped < 5 else "6"
     assert f"profile: steps {rest} on 2 ranks" in printed
     assert {file: file.read_bytes() for file in before} == before
