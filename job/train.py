@@ -15,6 +15,7 @@ from job.distributed.placement import placement, share_cores
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
 
+from mxnet import Context
 from mxnet.gluon import HybridBlock
 
 from job import command, run_dir
@@ -37,26 +38,34 @@ from job.training.learner import Feed, Learner
 from job.training.schedule import Schedule, peak_learning_rate
 
 
-def train(config: Config, comm: Comm) -> HybridBlock:
-    """The whole run, the same on every rank. Returns the trained network, of which all ranks hold the same."""
-    ctx = choose_device(config.run.device, comm)
+def open_data(config: Config, comm: Comm) -> tuple[idx.Dataset, Sampler, Config]:
+    """The data, once every node has it; how it is cut into batches; and the configuration with the shards of these."""
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
         dataset = idx.load(config.data)
         comm.barrier("data")
     sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
     require_samples(config, comm.size, sampler.smallest_batch)
-    config = settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
-    shards, micros = config.data.shards, config.train.accumulate_steps
-    own = own_shards(comm.rank, comm.size, shards)
-    total_steps = min(config.train.max_steps or sys.maxsize, config.train.epochs * sampler.steps_per_epoch)
+    return dataset, sampler, settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
 
+
+def new_learner(config: Config, comm: Comm, ctx: Context) -> Learner:
+    """The network with weights that follow from the seed, and its optimizer."""
     seed_everything(config.run.seed)
     net = models.build(config.model)
     models.initialize(net, ctx, config.model.dtype)
-    feed = Feed(ctx, config.model.dtype)
-    learner = Learner(net, comm, feed, config)
+    return Learner(net, comm, Feed(ctx, config.model.dtype), config)
+
+
+def train(config: Config, comm: Comm) -> HybridBlock:
+    """The whole run, the same on every rank. Returns the trained network, of which all ranks hold the same."""
+    ctx = choose_device(config.run.device, comm)
+    dataset, sampler, config = open_data(config, comm)
+    shards, micros = config.data.shards, config.train.accumulate_steps
+    own = own_shards(comm.rank, comm.size, shards)
+    total_steps = min(config.train.max_steps or sys.maxsize, config.train.epochs * sampler.steps_per_epoch)
     peak = peak_learning_rate(config.optimizer, comm.size)
     schedule = Schedule(config.schedule, peak, sampler.steps_per_epoch, total_steps)
+    learner = new_learner(config, comm, ctx)
     recorder = Recorder(ranks=comm.size)
     state = RunState(learner, recorder, config.run.seed)
 
@@ -94,7 +103,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
             weights_sha256=state.weights_sha256(),
             skipped_updates=learner.skipped,
         )
-    return net
+    return learner.net
 
 
 def main() -> None:
