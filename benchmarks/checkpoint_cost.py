@@ -26,11 +26,11 @@ from job.checkpoints.state import RunState
 from job.checkpoints.store import BackgroundWriter, Store, decode_arrays
 from job.config import Config
 from job.data.idx import Split
+from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.monitoring.recorder import Recorder
 from job.networks import models
-from job.networks.sync_batch_norm import convert_sync_batch_norm
 from job.training.learner import Feed, Learner
 
 BATCH = 256
@@ -41,9 +41,8 @@ def build(config: Config) -> tuple[Learner, RunState]:
     """The tutorial's learner, as job/train.py builds it."""
     seed_everything(0)
     net = models.build(config.model)
-    convert_sync_batch_norm(net, Comm())
     models.initialize(net, mx.cpu())
-    learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config.train, config.optimizer)
+    learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config)
     return learner, RunState(learner, Recorder(), 0)
 
 
@@ -62,15 +61,15 @@ def main(stretches: int) -> None:
         writer = BackgroundWriter(Store(Path(folder), 2))
         order = [bool(first) ^ second for first in random.integers(0, 2, stretches + 1) for second in (False, True)]
         for stretch, saves in enumerate(order):
-            learner.settle()
             mx.nd.waitall()
             started = time.perf_counter()
             if saves:
                 writer.write(learner.steps, *state.state_dict())
                 copies.append(time.perf_counter() - started)
             for _ in range(STRETCH):
-                learner.step(data, [random.permutation(BATCH * 4)[:BATCH]], BATCH, 0.01)
-            learner.settle()
+                parts = np.split(random.permutation(BATCH * 4)[:BATCH], config.data.shards)
+                shards = [Shard(part, index * len(part)) for index, part in enumerate(parts)]
+                learner.step(data, [shards], BATCH, 0.01)
             mx.nd.waitall()
             if stretch > 1:  # the first of each warm up
                 seconds[saves].append(time.perf_counter() - started)

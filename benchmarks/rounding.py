@@ -1,7 +1,7 @@
 """What rounding alone does: ``python -m benchmarks.rounding``, about two minutes on one core.
 
 First the error of one BatchNorm layer, MXNet's and ours, against numpy in float64. Then one process that trains twice
-by the tutorial's recipe, the second time with the samples of each batch in another order: mathematically the same run,
+by the tutorial's recipe, the second time with the samples of each shard in another order: mathematically the same run,
 so that what differs is how much the recipe amplifies the last bit of a sum.
 """
 
@@ -14,11 +14,11 @@ from mxnet.gluon import nn
 
 from job.config import load_config
 from job.data import idx
-from job.data.sampler import Sampler
+from job.data.sampler import Sampler, Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.networks import models
-from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from job.networks.sync_batch_norm import SyncBatchNorm
 from job.training.learner import Feed, Learner
 from tests.oracles import batch_norm
 
@@ -33,7 +33,7 @@ def main() -> None:
     for name, layer in (("MXNet's, float32", nn.BatchNorm()), ("SyncBatchNorm, float32", SyncBatchNorm(comm=Comm()))):
         print(f"| {name} | {' | '.join(f'{error:.0e}' for error in _errors(layer, x, dy))} |")
 
-    print("\n| one process, batches reordered | " + " | ".join(f"step {step}" for step in STEPS) + " |")
+    print("\n| one process, shards reordered | " + " | ".join(f"step {step}" for step in STEPS) + " |")
     print("|---|" + "---|" * len(STEPS))
     for dtype in ("float32", "float64"):
         straight, reordered = (np.array(_losses(dtype, reorder)) for reorder in (False, True))
@@ -59,14 +59,14 @@ def _losses(dtype: str, reorder: bool) -> list[float]:
     sampler = Sampler(len(train_set.labels), 256, seed=0)
     seed_everything(0)
     net = models.build(config.model)
-    convert_sync_batch_norm(net, comm)
     models.initialize(net, mx.cpu(), dtype)
-    learner = Learner(net, comm, Feed(mx.cpu(), dtype), config.train, config.optimizer)
+    learner = Learner(net, comm, Feed(mx.cpu(), dtype), config)
     losses = []
     for step in range(max(STEPS)):
-        share = sampler.share(0, step, 0, 1)
-        learner.step(train_set, [share[::-1] if reorder else share], len(share), config.optimizer.learning_rate)
-        losses.append(learner.meter.reduce().loss)
+        shards = sampler.shards(0, step, range(config.data.shards), config.data.shards)
+        shards = [Shard(samples[::-1] if reorder else samples, first) for samples, first in shards]
+        learner.step(train_set, [shards], len(sampler.batch(step)), config.optimizer.learning_rate)
+        losses.append(learner.totals().loss)
     return losses
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import mxnet as mx
@@ -9,10 +14,12 @@ import numpy as np
 import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
+from mxnet.gluon.model_zoo import vision
 
 from job.distributed.comm import Comm
+from job.errors import UsageError
 from job.networks import kernels, models, sync_batch_norm
-from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm, revert_sync_batch_norm
 from tests.oracles import assert_within, batch_norm
 
 
@@ -256,3 +263,126 @@ def test_training_with_updates_between_forward_and_backward_does_not_deadlock() 
         loss.backward()
         trainer.step(16)
     assert np.isfinite(loss.asscalar())
+
+
+def small_network(sync: bool = True) -> nn.HybridSequential:
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(16, 3), nn.BatchNorm(), nn.Activation("relu"), nn.Dense(3))
+    net.initialize()
+    net(mx.nd.zeros((1, 2, 6, 6)))
+    if sync:
+        convert_sync_batch_norm(net, Comm())
+    return net
+
+
+def test_what_was_converted_and_reverted_exports_without_a_custom_operator(tmp_path: Path) -> None:
+    net, x = small_network(), mx.nd.array(draw((4, 2, 6, 6)))
+    expected = net(x).asnumpy()
+    assert revert_sync_batch_norm(net) == 1 and type(net[1]) is nn.BatchNorm
+    net.hybridize()
+    net(x)
+    net.export(str(tmp_path / "net"))
+    assert "Custom" not in (tmp_path / "net-symbol.json").read_text()
+    loaded = gluon.SymbolBlock.imports(str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params"))
+    np.testing.assert_array_equal(loaded(x).asnumpy(), expected)
+
+
+def test_a_copy_trains_and_leaves_the_original_alone() -> None:
+    net, x = small_network(), draw((4, 2, 6, 6))
+    before = net[1].running_mean.data().asnumpy()
+    twin = copy.deepcopy(net)
+    twin.hybridize(static_alloc=True, static_shape=True)
+    forward_backward(twin, x, np.ones((4, 3)))
+    np.testing.assert_array_equal(net[1].running_mean.data().asnumpy(), before)
+    assert np.abs(twin[1].running_mean.data().asnumpy()).max() > 0
+
+
+def test_the_ranks_of_a_job_cannot_be_pickled_and_the_layer_is_named() -> None:
+    with pytest.raises(TypeError, match=r"batchnorm\d+: the ranks of a job cannot be pickled; revert_sync_batch_norm"):
+        pickle.dumps(small_network()[1])
+
+
+def test_hybridized_without_a_static_plan_training_is_refused_before_a_wrong_number_exists() -> None:
+    net = small_network()
+    net.hybridize()
+    with pytest.raises((UsageError, ValueError), match=r"call net\.hybridize\(static_alloc=True, static_shape=True\)"):
+        forward_backward(net, draw((4, 2, 6, 6)), np.ones((4, 3)))
+
+
+def test_several_devices_of_one_process_are_refused() -> None:
+    layer = SyncBatchNorm(comm=Comm(), in_channels=3)
+    layer.initialize(ctx=[mx.cpu(0), mx.cpu(1)])
+    with pytest.raises(UsageError, match="its parameters are on 2 devices; start one rank a device"):
+        forward_backward(layer, draw((4, 3)), np.ones((4, 3)))
+
+
+def test_mxnets_numpy_mode_is_refused() -> None:
+    layer = layer_of(in_channels=3)
+    with mx.util.np_array(True), pytest.raises(UsageError, match="numpy mode"):
+        forward_backward(layer, draw((4, 3)), np.ones((4, 3)))
+
+
+def test_a_class_made_from_batch_norm_is_refused_by_its_name() -> None:
+    class Renormalized(nn.BatchNorm):
+        pass
+
+    net = nn.HybridSequential()
+    net.add(Renormalized())
+    with pytest.raises(UsageError, match="Renormalized is made from BatchNorm"):
+        convert_sync_batch_norm(net, Comm())
+
+
+def gradients_of_resnet(dtype: str, sync: bool, static: bool) -> np.ndarray:
+    mx.random.seed(0)
+    np.random.seed(0)
+    net = vision.get_resnet(1, 18, thumbnail=True, classes=4)
+    net.initialize(mx.init.Xavier())
+    net(mx.nd.zeros((1, 1, 16, 16)))
+    net.cast(dtype)
+    if sync:
+        convert_sync_batch_norm(net, Comm())
+    if static:
+        net.hybridize(static_alloc=True, static_shape=True)
+    x = mx.nd.array(np.random.default_rng(1).random((16, 1, 16, 16)), dtype=dtype)
+    for _ in range(3):  # freed memory is not always reused at once
+        with autograd.record():
+            loss = net(x).square().mean()
+        loss.backward()
+    gradients = [p.grad().asnumpy() for p in net.collect_params().values() if p.grad_req != "null"]
+    return np.concatenate([gradient.ravel().astype(np.float64) for gradient in gradients])
+
+
+@pytest.fixture(scope="module")
+def resnet_in_float64() -> np.ndarray:
+    return gradients_of_resnet("float64", sync=False, static=False)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["not hybridized", "static"])
+@pytest.mark.parametrize("sync", [False, True], ids=["MXNet's", "ours"])
+def test_resnet_18_in_each_way_of_running_it_is_float64_but_for_rounding(
+    sync: bool, static: bool, resnet_in_float64: np.ndarray
+) -> None:
+    gradients = gradients_of_resnet("float32", sync, static)
+    assert np.abs(gradients - resnet_in_float64).max() < 0.02 * np.abs(resnet_in_float64).max()
+
+
+QUEUED = """
+import mxnet as mx
+from mxnet import autograd
+from job.distributed.comm import Comm
+from job.networks.sync_batch_norm import SyncBatchNorm
+layer = SyncBatchNorm(comm=Comm(), in_channels=8)
+layer.initialize()
+x = mx.nd.ones((64, 8, 32, 32))
+x.attach_grad()
+with autograd.record():
+    y = layer(layer(x))
+y.backward()
+"""
+
+
+def test_a_script_that_ends_with_a_backward_queued_ends() -> None:
+    root = Path(sync_batch_norm.__file__).parents[2]
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", QUEUED], cwd=root, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
