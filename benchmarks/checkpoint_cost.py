@@ -25,7 +25,7 @@ import numpy as np
 from job.checkpoints.state import RunState
 from job.checkpoints.store import BackgroundWriter, Store, decode_arrays
 from job.config import Config
-from job.data.idx import Split
+from job.data.dataset import Split
 from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything

@@ -23,7 +23,7 @@ if not __package__:  # run as a script: find the package from any directory, and
 
 from job import command
 from job.config import from_home
-from job.data.idx import CLASS_NAMES
+from job.data.dataset import FASHION_MNIST
 from job.errors import JobError
 from job.monitoring import curves
 from job.monitoring.history import History, read_runs
@@ -219,9 +219,10 @@ def _cell(count: int, total: int, right: bool) -> str:
 
 
 def _classes(number_of_classes: int, run: History) -> Sequence[str]:
-    """The names of the classes where the data is known to be Fashion-MNIST, else their numbers."""
-    known = number_of_classes == len(CLASS_NAMES) and run.config.get("data.sha256.test_labels") != "any"
-    return CLASS_NAMES if known else [str(index) for index in range(number_of_classes)]
+    """Their names as the run's folder has them. An older one has none: then those of Fashion-MNIST, if it is that."""
+    older = FASHION_MNIST.classes if run.config.get("data.sha256.test_labels") != "any" else ()
+    names = run.data.get("classes", older)
+    return names if len(names) == number_of_classes else [str(index) for index in range(number_of_classes)]
 
 
 def _no(what: str, run: History) -> str:

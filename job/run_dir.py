@@ -21,10 +21,10 @@ from job import storage
 from job.config import Config
 from job.errors import CheckpointError, JobError, UsageError
 
-CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE = (
-    "config.yaml", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints", "profile",
+CONFIG, DATASET, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE = (
+    "config.yaml", "dataset.json", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints", "profile",
 )  # fmt: skip
-CONTENTS = (CONFIG, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE)
+CONTENTS = (CONFIG, DATASET, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE)
 LOCK = "lock"
 CHECKPOINT = re.compile(r"step-\d{8,}")  # the name of a checkpoint that is whole
 UNFINISHED = re.compile(r"step-\d{8,}(\.old)?\.partial")  # of one that is being written or removed
@@ -126,7 +126,7 @@ def _refuse_strangers(folder: Path, names: tuple[str, ...]) -> None:
     """Refuse to remove or replace what no run has written, whatever the configuration says."""
     strangers = [] if not _exists(folder / LOCK) or _is_lock(folder / LOCK) else [LOCK]
     of_a_run = _is_lock(folder / LOCK, signed=True) or _is_resolved_config(folder / CONFIG)
-    files = (CONFIG, SUMMARY, METRICS)
+    files = (CONFIG, DATASET, SUMMARY, METRICS)
     for name in [*names, *(name + _PARTIAL for name in files)]:
         if not of_a_run or name in _WRITTEN:
             strangers += _strange_files(folder, name, of_a_run)

@@ -24,6 +24,7 @@ from job.checkpoints.state import RunState
 from job.cli import parse, require_samples, settle_shards
 from job.config import Config
 from job.data import idx
+from job.data.dataset import Dataset, Description
 from job.data.sampler import Sampler, own_shards
 from job.distributed.comm import Comm, connect, peer_errors
 from job.distributed.device import choose_device, seed_everything
@@ -38,22 +39,24 @@ from job.training.learner import Feed, Learner
 from job.training.schedule import Schedule, peak_learning_rate
 
 
-def open_data(config: Config, comm: Comm) -> tuple[idx.Dataset, Sampler, Config]:
+def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
     """The data, once every node has it; how it is cut into batches; and the configuration with the shards of these."""
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
         dataset = idx.load(config.data)
         comm.barrier("data")
+    if comm.rank == 0:
+        run_dir.write_whole(config.run.dir / run_dir.DATASET, dataset.about.to_json())
     sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
     require_samples(config, comm.size, sampler.smallest_batch)
     return dataset, sampler, settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
 
 
-def new_learner(config: Config, comm: Comm, ctx: Context) -> Learner:
+def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) -> Learner:
     """The network with weights that follow from the seed, and its optimizer."""
     seed_everything(config.run.seed)
-    net = models.build(config.model)
-    models.initialize(net, ctx, config.model.dtype)
-    return Learner(net, comm, Feed(ctx, config.model.dtype), config)
+    net = models.build(config.model, len(about.classes))
+    models.initialize(net, ctx, config.model.dtype, about.shape)
+    return Learner(net, comm, Feed(ctx, config.model.dtype, about), config)
 
 
 def train(config: Config, comm: Comm) -> HybridBlock:
@@ -65,7 +68,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
     total_steps = min(config.train.max_steps or sys.maxsize, config.train.epochs * sampler.steps_per_epoch)
     peak = peak_learning_rate(config.optimizer, comm.size)
     schedule = Schedule(config.schedule, peak, sampler.steps_per_epoch, total_steps)
-    learner = new_learner(config, comm, ctx)
+    learner = new_learner(config, comm, ctx, dataset.about)
     recorder = Recorder(ranks=comm.size)
     state = RunState(learner, recorder, config.run.seed)
 

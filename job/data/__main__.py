@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for array in (*data.train, *data.test):
-        print(f"{array.filename}: {len(array)} x {array.shape[1:] or 'label'}, verified")
+        print(f"{getattr(array, 'filename', 'data')}: {len(array)} x {array.shape[1:] or 'label'}, verified")
     return 0
 
 

@@ -19,12 +19,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from job import storage
 from job.data import download
+from job.data.dataset import FASHION_MNIST, Dataset, Split
 from job.data.download import AptPackage, FileUnavailable, Folder, Mirror, Say, Source, SourceUnavailable
 from job.errors import DataError
 
@@ -34,26 +35,8 @@ if TYPE_CHECKING:
 MAX_ITEMS = 1_000_000  # a header that promises more is damaged, or a bomb
 POLL_SECONDS = 0.05
 SCRATCH = ".horovod-gluon-job-"  # begins the name of a folder to work in, which nothing else may bear
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-
 
 Mapped = np.memmap[Any, np.dtype[np.uint8]]
-
-
-class Split(NamedTuple):
-    """One part of the data set, read-only and mapped from its files."""
-
-    images: Mapped  # (n, 28, 28) uint8, 0 to 255
-    labels: Mapped  # (n,) uint8, 0 to 9
-
-
-class Dataset(NamedTuple):
-    """What :func:`load` returns."""
-
-    train: Split
-    test: Split
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ def load(config: DataConfig, say: Say = print) -> Dataset:
             missing = {file: digest for file, digest in digests.items() if file not in paths}
             paths.update(_fetch(config, missing, scratch, say))
     train_images, train_labels, test_images, test_labels = (_mapped(paths[file], file) for file in FILES)
-    return Dataset(_paired(train_images, train_labels), _paired(test_images, test_labels))
+    return Dataset(_paired(train_images, train_labels), _paired(test_images, test_labels), FASHION_MNIST)
 
 
 def locate(config: DataConfig) -> dict[IdxFile, Path]:
@@ -135,7 +118,7 @@ def locate(config: DataConfig) -> dict[IdxFile, Path]:
 
 def digests(config: DataConfig, dataset: Dataset) -> dict[str, str]:
     """What the data is: the SHA-256 of each file, by its key in ``data.sha256``; worked out for ``any``."""
-    arrays = zip(FILES, (*dataset.train, *dataset.test))
+    arrays = zip(FILES, (*dataset.train, *dataset.test))  # mapped by load()
     wanted = {file.key: getattr(config.sha256, file.key) for file in FILES}
     known = {file.key: _sha256_of(array) for file, array in arrays if wanted[file.key] == "any"}
     return {**wanted, **known}

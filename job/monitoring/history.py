@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -17,7 +17,7 @@ import yaml
 
 from job.errors import UsageError
 from job.monitoring.records import Record
-from job.run_dir import CONFIG, METRICS, SUMMARY
+from job.run_dir import CONFIG, DATASET, METRICS, SUMMARY
 
 NUMBERS = ("loss", "accuracy", "learning_rate", "images_per_second")  # what is read of a record beside the counts
 
@@ -39,6 +39,7 @@ class History:
     config: dict[str, Any]  # by dotted key; empty where there is no config.yaml
     summary: dict[str, Any]  # empty until the run is complete
     notes: Sequence[str] = ()
+    data: dict[str, Any] = field(default_factory=dict)  # as dataset.json describes it
 
     def of(self, split: str) -> list[Record]:
         """The records of the training ("train") or of the evaluations ("test")."""
@@ -104,8 +105,9 @@ def _read_run(folder: Path, name: str) -> History:
     records = list(_records(folder / METRICS, notes))
     if not records:
         raise UsageError(f"{folder / METRICS}: holds no record yet; wait for the run's first ones")
+    data = _mapping(folder / DATASET, json.loads)
     config = dict(_flat(_mapping(folder / CONFIG, yaml.safe_load)))
-    return History(name, records, config, _mapping(folder / SUMMARY, json.loads), notes)
+    return History(name, records, config, _mapping(folder / SUMMARY, json.loads), notes, data)
 
 
 def _records(file: Path, notes: list[str]) -> Iterator[Record]:

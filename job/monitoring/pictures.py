@@ -49,7 +49,9 @@ def confusion_matrix(confusion: np.ndarray, names: Sequence[str], title: str) ->
 def worst_mistakes(
     mistakes: Sequence[Mistake], images: Sequence[np.ndarray], names: Sequence[str], title: str
 ) -> Image.Image:
-    """The images, each (28, 28) uint8, of mistakes in a grid, each with what it is, and what it was taken for.
+    """The images of mistakes in a grid, each with what it is, and what it was taken for.
+
+    They are uint8 (height, width) or (channels, height, width).
 
     The loss of a sample is the negative logarithm of the probability that the network gave to the truth.
     """
@@ -60,11 +62,18 @@ def worst_mistakes(
     draw.text((12, 10), title, _INK, _font(_LARGE))
     for place, (mistake, pixels) in enumerate(zip(mistakes, images)):
         x, y = 16 + place % columns * 146, top + place // columns * pitch
-        canvas.paste(Image.fromarray(255 - pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        canvas.paste(_shown(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
         draw.text((x, y + side + 4), f"{names[mistake.true]}", _INK, _font(_PLAIN))
         draw.text((x, y + side + 20), f"as {names[mistake.predicted]}", _RED, _font(_PLAIN))
         draw.text((x, y + side + 38), f"#{mistake.image}, loss {mistake.loss:.1f}", _PALE, _font(_SMALL))
     return canvas
+
+
+def _shown(pixels: np.ndarray) -> Image.Image:
+    """In colour if there are three channels; else of the first one the negative, which looks better on white."""
+    if pixels.ndim == 3 and len(pixels) == 3:
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return Image.fromarray(255 - (pixels[0] if pixels.ndim == 3 else pixels))
 
 
 def _slanted(canvas: Image.Image, text: str, foot: tuple[int, int]) -> None:

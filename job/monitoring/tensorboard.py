@@ -7,7 +7,7 @@ import math
 import queue
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,19 +22,19 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
 from job.config import Config, fields
-from job.data.idx import CLASS_NAMES, Split
+from job.data.dataset import FASHION_MNIST, Split
 from job.fitness.facts import commit
 from job.monitoring import pictures
 from job.monitoring.graph import graph_of
 from job.monitoring.recorder import versions
 from job.monitoring.records import Record, Writer
-from job.networks.models import IMAGE_SHAPE
 from job.training.evaluation import Mistake
 from job.training.learner import Learner
 
 # Test images whose features the projector shows. A square number: tensorboardX leaves the rest of its sprite to chance.
 PROJECTED = 484
 BINS = 64  # of a histogram
+DRAWN_CLASSES = 50  # more make a confusion matrix that nobody can read, and too many curves
 
 _GROUPS = {
     "learning_rate": "optimizer", "gradient_norm": "optimizer", "update_ratio": "optimizer",
@@ -92,18 +92,19 @@ class TensorBoard(Writer):
         _name_after_the_others(self._writer, folder)
         _write_at_once(self._writer)
         self._subject = subject
+        self._classes = (subject.learner.feed.about if subject else FASHION_MNIST).classes
         self._described = False
         if not goes_on:
             self._writer.add_custom_scalars(_LAYOUT)
             if subject:
-                graph = graph_of(subject.learner.net, IMAGE_SHAPE)
+                graph = graph_of(subject.learner.net, subject.learner.feed.about.shape)
                 self._writer.file_writer.add_event(Event(graph_def=graph.SerializeToString()))
                 self._add_hparams(experiment=experiment())
                 self._add_hparams(session_start_info=session_start(subject.config, subject.learner.comm.size))
 
     def write(self, record: Record) -> None:
         step = record["step"]
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record)]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record, self._classes)]
         self._writer.file_writer.add_summary(Summary(value=values), step)  # in one event: half the time of one each
         if self._subject and not self._described:
             self._describe(self._subject, step)
@@ -135,11 +136,13 @@ class TensorBoard(Writer):
         title = f"step {step}: {record['accuracy']:.2%} of {record['examples']} test images right"
         confusion = np.array(record["confusion"])
         mistakes = [Mistake(**mistake) for mistake in record["mistakes"]]
-        images = [test.images[mistake.image] for mistake in mistakes]
-        for name, picture in (
-            ("confusion_matrix", pictures.confusion_matrix(confusion, CLASS_NAMES, title)),
-            ("worst_mistakes", pictures.worst_mistakes(mistakes, images, CLASS_NAMES, f"step {step}: worst mistakes")),
-        ):
+        images = test.images[np.array([mistake.image for mistake in mistakes], np.int64)] if mistakes else []
+        drawn = {
+            "worst_mistakes": pictures.worst_mistakes(mistakes, images, self._classes, f"step {step}: worst mistakes")
+        }
+        if len(self._classes) <= DRAWN_CLASSES:
+            drawn["confusion_matrix"] = pictures.confusion_matrix(confusion, self._classes, title)
+        for name, picture in sorted(drawn.items()):
             image = Summary.Value(tag=f"test/{name}", image=_png(picture))
             self._writer.file_writer.add_summary(Summary(value=[image]), step)
 
@@ -156,14 +159,17 @@ class TensorBoard(Writer):
 
     def _project(self, subject: Subject, step: int) -> None:
         """The features that the last layer decides by. Rank 0 computes them alone: inference never communicates."""
-        if not isinstance(subject.learner.net, nn.HybridSequential):  # which layer is the last, is not known
+        features_of = _features(subject.learner.net)
+        if features_of is None:
             return
         learner, side = subject.learner, math.isqrt(min(PROJECTED, len(subject.test.labels)))
         shown = slice(0, side**2)
         images, _ = learner.feed(subject.test, shown)
-        features = learner.net[:-1](images).asnumpy().astype(np.float64).round(4)  # written as text
-        names = [CLASS_NAMES[label] for label in subject.test.labels[shown]]
-        sprites = np.repeat(images.asnumpy(), 3, axis=1)
+        found = features_of(images).asnumpy().astype(np.float64)
+        features = found.reshape(len(found), -1).round(4)  # written as text
+        names = [self._classes[label] for label in subject.test.labels[shown]]
+        pixels = subject.test.images[shown].reshape(-1, *learner.feed.about.shape) / np.float32(255)
+        sprites = pixels if pixels.shape[1] == 3 else np.repeat(pixels[:, :1], 3, axis=1)
         self._writer.add_embedding(features, names, sprites, step, tag="penultimate_features")
 
     def _add_hparams(self, **content: Any) -> None:
@@ -173,6 +179,13 @@ class TensorBoard(Writer):
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
         value = Summary.Value(tag=f"_hparams_/{kind}", metadata=SummaryMetadata(plugin_data=plugin))
         self._writer.file_writer.add_summary(Summary(value=[value]))
+
+
+def _features(net: Any) -> Any:
+    """The part of a network before its last layer; None where which one that is, is not known."""
+    if isinstance(net, nn.HybridSequential):
+        return net[:-1]
+    return getattr(net, "features", None) if hasattr(net, "output") else None  # as MXNet's model zoo has them
 
 
 def _name_after_the_others(writer: SummaryWriter, folder: Path) -> None:
@@ -228,7 +241,7 @@ def _png(picture: Image.Image) -> Summary.Image:
     )
 
 
-def scalars(record: Record) -> Iterator[tuple[str, float]]:
+def scalars(record: Record, classes: Sequence[str] = FASHION_MNIST.classes) -> Iterator[tuple[str, float]]:
     """The curves that a record adds a point to, in groups that fold well."""
     split = record["split"]
     for name, value in record.items():
@@ -240,7 +253,9 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
             yield from ((f"{group}/{name}/{rank}", of_rank) for rank, of_rank in enumerate(value))
         else:
             yield f"throughput/{name}", value
-    for name, counts, place in zip(CLASS_NAMES, record.get("confusion", ()), range(len(CLASS_NAMES))):
+    if len(classes) > DRAWN_CLASSES:
+        return
+    for name, counts, place in zip(classes, record.get("confusion", ()), range(len(classes))):
         yield f"accuracy_by_class/{re.sub('[^a-zA-Z]+', '_', name)}", counts[place] / max(sum(counts), 1)
 
 

@@ -12,17 +12,18 @@ CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
 
 
-def build(model: ModelConfig) -> nn.HybridSequential:
-    """The network that ``model`` names, uninitialized. Input (N, 1, 28, 28), output (N, 10) logits, float32."""
-    return tutorial(batch_norm=model.name == "tutorial", dense_batch_norm=model.dense_batch_norm)
+def build(model: ModelConfig, classes: int = CLASSES) -> nn.HybridSequential:
+    """The network that ``model`` names, uninitialized: of (N, channels, height, width) it makes (N, classes)."""
+    return tutorial(model.name == "tutorial", model.dense_batch_norm, classes)
 
 
-def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False) -> nn.HybridSequential:
-    """The network of the Gluon BatchNorm tutorial. Shapes, without the batch axis, are those of the output.
+def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False, classes: int = CLASSES) -> nn.HybridSequential:
+    """The network of the Gluon BatchNorm tutorial. The shapes are those of an image of 28x28, without the batch axis.
 
     Args:
         batch_norm: whether the convolutions are normalized.
         dense_batch_norm: the tutorial's exercise: whether the dense layer is normalized too.
+        classes: how many there are to tell apart.
     """
     net = nn.HybridSequential()
     net.add(nn.Conv2D(20, kernel_size=5))  # 20x24x24
@@ -36,16 +37,18 @@ def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False) -> nn.Hybr
     net.add(nn.Dense(128))
     if dense_batch_norm:
         net.add(nn.BatchNorm())
-    net.add(nn.Activation("relu"), nn.Dense(CLASSES))
+    net.add(nn.Activation("relu"), nn.Dense(classes))
     return net
 
 
-def initialize(net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32") -> None:
+def initialize(
+    net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32", shape: tuple[int, int, int] = IMAGE_SHAPE
+) -> None:
     """Draw the weights from Normal(0, 0.01), the tutorial's choice."""
     net.cast(dtype)
     net.initialize(init.Normal(sigma=0.01), ctx=ctx)
     net.hybridize(static_alloc=True, static_shape=True)  # first: SyncBatchNorm refuses to be traced for another plan
     # The shapes that Gluon defers are worked out, not tried: inference on a CPU reorders weights where they lie.
-    net.infer_shape(mx.nd.zeros((1, *IMAGE_SHAPE), ctx=ctx, dtype=dtype))
+    net.infer_shape(mx.nd.zeros((1, *shape), ctx=ctx, dtype=dtype))
     for parameter in net.collect_params().values():
         parameter._finish_deferred_init()

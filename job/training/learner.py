@@ -12,12 +12,11 @@ import numpy as np
 from mxnet import autograd, gluon
 
 from job.config import Config, OptimizerConfig
-from job.data.idx import Split
+from job.data.dataset import FASHION_MNIST, Description, Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
 from job.networks.kernels import host_view
-from job.networks.models import CLASSES
 from job.networks.shards import ShardedNetwork, dropout_mask
 from job.networks.sync_batch_norm import Group
 from job.training.evaluation import Evaluation, evaluate
@@ -48,16 +47,26 @@ def cross_entropy(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
 
 
 class Feed(NamedTuple):
-    """How samples reach the network: on which device and in which type."""
+    """How samples reach the network: on which device, in which type, and scaled how."""
 
     ctx: mx.Context
     dtype: str
+    about: Description = FASHION_MNIST
 
     def __call__(self, split: Split, samples: Any) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """Images (n, 1, 28, 28) in [0, 1] and labels (n,) of the samples with the given indices."""
+        """Images (n, channels, height, width), scaled, and labels (n,) of the samples with the given indices."""
         images = mx.nd.array(split.images[samples], ctx=self.ctx, dtype=np.uint8)  # scaled there: a quarter to copy
         labels = mx.nd.array(split.labels[samples], ctx=self.ctx, dtype=self.dtype)
-        return images.expand_dims(1).astype(self.dtype) / 255, labels
+        return self._scaled(images.reshape((-1, *self.about.shape)).astype(self.dtype) / 255), labels
+
+    def _scaled(self, images: mx.nd.NDArray) -> mx.nd.NDArray:
+        if self.about.scales_only:
+            return images
+        mean, std = (
+            mx.nd.array(values, self.ctx, self.dtype).reshape((1, -1, 1, 1))
+            for values in (self.about.mean, self.about.std)
+        )
+        return mx.nd.broadcast_div(mx.nd.broadcast_sub(images, mean), std)
 
 
 class Learner:
@@ -186,7 +195,7 @@ class Learner:
             logits = self._inference(images, weights)
             outcomes.append((span.start, mx.nd.stack(cross_entropy(logits, labels), logits.argmax(axis=1))))
         chunks = [(first, *rows.asnumpy()) for first, rows in outcomes]  # waited for at the end
-        return evaluate(self.comm, split.labels, own, chunks, total, CLASSES)
+        return evaluate(self.comm, split.labels, own, chunks, total, len(self.feed.about.classes))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is."""

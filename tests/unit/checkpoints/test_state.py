@@ -15,7 +15,7 @@ import pytest
 from job.checkpoints.state import RunState
 from job.checkpoints.store import decode_arrays, encode_arrays
 from job.config import Config, ModelConfig
-from job.data.idx import Split
+from job.data.dataset import Split
 from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything

@@ -26,6 +26,7 @@ import pytest
 from job.config import DataConfig
 from job.data import download, idx
 from job.data.__main__ import main
+from job.data.dataset import Dataset
 from job.errors import DataError
 
 KEYS = {
@@ -67,7 +68,7 @@ def cached(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != "lock")
 
 
-def is_right(dataset: idx.Dataset) -> bool:
+def is_right(dataset: Dataset) -> bool:
     """Whether the arrays are the bytes that were written, read with nothing but slices."""
     arrays = [*dataset.train, *dataset.test]
     return [array.tobytes() for array in arrays] == [

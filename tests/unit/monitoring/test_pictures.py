@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from job.data.idx import CLASS_NAMES
+from job.data.dataset import FASHION_MNIST
 from job.monitoring.pictures import confusion_matrix, worst_mistakes
 from job.training.evaluation import Mistake
 
@@ -19,7 +19,7 @@ def corner_of_cell(picture: np.ndarray, row: int, column: int) -> np.ndarray:
 def test_a_cell_is_the_darker_the_larger_its_part_of_the_row() -> None:
     confusion = np.diag(np.full(10, 50))
     confusion[2] = [0, 0, 60, 0, 30, 0, 10, 0, 0, 0]
-    picture = np.asarray(confusion_matrix(confusion, CLASS_NAMES, "title"))
+    picture = np.asarray(confusion_matrix(confusion, FASHION_MNIST.classes, "title"))
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     shades = [int(corner_of_cell(picture, 2, column).sum()) for column in (2, 4, 6, 0)]
     assert shades == sorted(shades) and len(set(shades)) == 4
@@ -31,19 +31,19 @@ def test_a_cell_is_the_darker_the_larger_its_part_of_the_row() -> None:
 def test_rows_are_true_and_columns_predicted() -> None:
     confusion = np.zeros((10, 10), int)
     confusion[1, 7] = 5
-    picture = np.asarray(confusion_matrix(confusion, CLASS_NAMES, "title"))
+    picture = np.asarray(confusion_matrix(confusion, FASHION_MNIST.classes, "title"))
     assert not (corner_of_cell(picture, 1, 7) == WHITE).all()
     assert (corner_of_cell(picture, 7, 1) == WHITE).all()
 
 
 def test_every_number_and_every_name_leaves_ink() -> None:
     blank = np.asarray(confusion_matrix(np.zeros((10, 10), int), [""] * 10, ""))
-    named = np.asarray(confusion_matrix(np.zeros((10, 10), int), CLASS_NAMES, ""))
+    named = np.asarray(confusion_matrix(np.zeros((10, 10), int), FASHION_MNIST.classes, ""))
     for row in range(10):
         beside = np.s_[150 + row * 44 : 150 + row * 44 + 44, :130]
         above = np.s_[100:150, 130 + row * 58 : 130 + row * 58 + 58]
         assert (blank[beside] != named[beside]).any() and (blank[above] != named[above]).any()
-    counted = np.asarray(confusion_matrix(np.full((10, 10), 123), CLASS_NAMES, ""))
+    counted = np.asarray(confusion_matrix(np.full((10, 10), 123), FASHION_MNIST.classes, ""))
     for row in range(10):
         for column in range(10):
             cell = counted[150 + row * 44 : 150 + row * 44 + 42, 130 + column * 58 : 130 + column * 58 + 56]
@@ -54,7 +54,7 @@ def test_the_grid_of_mistakes_shows_the_images_in_their_order_dark_on_white() ->
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (8, 28, 28), dtype=np.uint8)
     mistakes = [Mistake(place, place % 10, (place + 1) % 10, 3.0) for place in range(8)]
-    picture = np.asarray(worst_mistakes(mistakes, images, CLASS_NAMES, "title"))
+    picture = np.asarray(worst_mistakes(mistakes, images, FASHION_MNIST.classes, "title"))
     for place, image in enumerate(images):
         x, y = 16 + place % 6 * 146, 44 + place // 6 * 170
         shown = picture[y : y + 112, x : x + 112]
@@ -64,4 +64,4 @@ def test_the_grid_of_mistakes_shows_the_images_in_their_order_dark_on_white() ->
 
 
 def test_without_mistakes_there_is_still_a_picture() -> None:
-    assert worst_mistakes([], [], CLASS_NAMES, "no mistakes").height > 100
+    assert worst_mistakes([], [], FASHION_MNIST.classes, "no mistakes").height > 100

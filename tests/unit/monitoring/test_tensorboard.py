@@ -29,7 +29,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from job.config import Config, load_config
-from job.data.idx import CLASS_NAMES, Split
+from job.data.dataset import FASHION_MNIST, Split
 from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
@@ -208,10 +208,10 @@ def test_the_pictures_are_those_of_the_evaluation(whole: tuple[Path, Subject]) -
     assert set(events.Tags()["images"]) == {"test/confusion_matrix", "test/worst_mistakes"}
     expected = {
         "test/confusion_matrix": pictures.confusion_matrix(
-            np.array(CONFUSION), CLASS_NAMES, "step 235: 83.70% of 10000 test images right"
+            np.array(CONFUSION), FASHION_MNIST.classes, "step 235: 83.70% of 10000 test images right"
         ),
         "test/worst_mistakes": pictures.worst_mistakes(
-            [Mistake(3, 0, 1, 4.5)], [shown.test.images[3]], CLASS_NAMES, "step 235: worst mistakes"
+            [Mistake(3, 0, 1, 4.5)], [shown.test.images[3]], FASHION_MNIST.classes, "step 235: worst mistakes"
         ),
     }
     for tag, picture in expected.items():
@@ -260,7 +260,7 @@ def test_the_projector_has_the_features_the_names_and_the_images(whole: tuple[Pa
     np.testing.assert_allclose(decided, net(images).asnumpy(), atol=1e-3)  # features are written with 4 decimals
     assert features.min() == 0 and features.max() > 0.01
     names = (folder / embedding.metadata_path).read_text().splitlines()
-    assert names == [CLASS_NAMES[label] for label in shown.test.labels[:36]]
+    assert names == [FASHION_MNIST.classes[label] for label in shown.test.labels[:36]]
     sprite = np.asarray(Image.open(folder / embedding.sprite.image_path))
     assert list(embedding.sprite.single_image_dim) == [28, 28]
     assert sprite.shape[:2] == (6 * 28, 6 * 28)  # and so no place of it is left to chance

@@ -17,7 +17,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from job.config import Config, ModelConfig
-from job.data.idx import Split
+from job.data.dataset import Split
 from job.data.sampler import Shard, own_shards
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything

@@ -1,0 +1,58 @@
+"""What a data set is, whatever files it is kept in: its images and labels, and what a network has to know of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Description:
+    """The one place for what a network, a picture or an export needs to know of a data set.
+
+    A network is fed with ``(pixels / 255 - mean) / std``, each channel with its own.
+    """
+
+    classes: tuple[str, ...]  # their names, in the order of the labels
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    mean: tuple[float, ...] = (0.0,)  # of each channel, or of all channels
+    std: tuple[float, ...] = (1.0,)
+
+    @property
+    def scales_only(self) -> bool:
+        """Whether pixels are brought to [0, 1], and nothing else."""
+        return not any(self.mean) and all(value == 1 for value in self.std)
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_mapping` reads back, once it is parsed."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> Description:
+        """What ``dataset.json`` in a run's folder holds."""
+        return Description(*(tuple(values[name]) for name in ("classes", "shape", "mean", "std")))
+
+
+class Split(NamedTuple):
+    """One part of a data set, read-only."""
+
+    images: Any  # uint8 (n, height, width) or (n, channels, height, width), for indices (n,) or a slice
+    labels: np.ndarray  # (n,) whole numbers, from 0
+
+
+class Dataset(NamedTuple):
+    """All of it."""
+
+    train: Split
+    test: Split
+    about: Description
+
+
+FASHION_MNIST = Description(
+    ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    (1, 28, 28),
+)
