@@ -50,10 +50,11 @@ image-test: setup ## build the image without Docker and run it (TARGET=cpu or gp
 test-browser: setup ## TensorBoard and the report, seen in a headless Chromium (Debian: chromium, chromium-driver)
 	@.venv/bin/python -m pytest tests/browser $(ARGS)
 
-bench: setup ## measure what SyncBatchNorm, a checkpoint and TensorBoard cost
+bench: setup ## measure what SyncBatchNorm, a checkpoint, TensorBoard and a start cost
 	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.step_time
 	@.venv/bin/python -m benchmarks.checkpoint_cost
 	@.venv/bin/python -m benchmarks.tensorboard_cost
+	@.venv/bin/python -m benchmarks.start_up
 
 tensorboard: setup ## show all runs under runs/ in a browser, at the address that it prints (ARGS="--port 6007")
 	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }

@@ -13,11 +13,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from job.distributed.placement import launched, placement
 from job.distributed.watchdog import leaving
 from job.errors import DivergedError, JobError, PeerLostError, Preempted, UsageError
+
+T = TypeVar("T")
 
 _HOLD_SECONDS = 10.0
 
@@ -28,13 +30,22 @@ def run(main: Callable[[], None]) -> NoReturn:
     A rank leaves through ``os._exit``: the ordinary way out would wait, in Horovod's and MXNet's own exit hooks, for
     ranks that may never answer, where no watchdog looks any more. All that has to be closed is closed by then.
     """
-    _ready_streams()
-    try:
+
+    def whole() -> None:
         main()
         sys.stdout.flush()
         sys.stderr.flush()
-        leaving.acquire()
-        os._exit(0)
+
+    attempt(whole)
+    leaving.acquire()
+    os._exit(0)
+
+
+def attempt(work: Callable[[], T]) -> T:
+    """The result of ``work``; if it fails, the process ends with a message and the exit code that this calls for."""
+    _ready_streams()
+    try:
+        return work()
     except Preempted as stop:
         code = 0 if _launch_script_is_told() else stop.exit_code
         _end(str(stop) if placement().rank == 0 else "", code, "preempted")

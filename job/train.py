@@ -6,22 +6,27 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Optional
 
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from job import command
+from job.cli import parse, require_samples, settle_shards
 from job.distributed.placement import placement, share_cores
+from job.quick_import import quicken
 
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
+    quicken()
+    asked = command.attempt(parse)  # whoever has made a mistake need not wait for all that follows
 
 from mxnet import Context
 from mxnet.gluon import HybridBlock
 
-from job import command, run_dir
+from job import run_dir
 from job.checkpoints.resume import open_checkpoints
 from job.checkpoints.state import RunState
-from job.cli import parse, require_samples, settle_shards
 from job.config import Config
 from job.data import idx
 from job.data.dataset import Dataset, Description
@@ -109,9 +114,9 @@ def train(config: Config, comm: Comm) -> HybridBlock:
     return learner.net
 
 
-def main() -> None:
-    """Parse, join the other ranks, train, leave together."""
-    config = parse()
+def main(config: Optional[Config] = None) -> None:
+    """Parse, unless that is done, join the other ranks, train, leave together."""
+    config = config or parse()
     lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
     comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled))
     with peer_errors():
@@ -124,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: main(asked))

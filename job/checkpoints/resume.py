@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-from job.checkpoints.state import RunState
 from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, read
 from job.config import Config, fields
-from job.distributed.comm import Comm
 from job.errors import CheckpointError, UsageError
-from job.monitoring.recorder import versions
+from job.fitness.facts import versions
 from job.run_dir import CHECKPOINTS
+
+if TYPE_CHECKING:  # for check(), which runs before anything that takes long to import
+    from job.checkpoints.state import RunState
+    from job.distributed.comm import Comm
 
 # What may differ: it changes where and how fast a run learns, but not what. A run may be made longer; with a cosine
 # schedule that changes what it learns.

@@ -20,14 +20,14 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
-
-import mxnet as mx
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from job import storage
 from job.errors import CheckpointError
 from job.run_dir import CHECKPOINT, UNFINISHED
+
+if TYPE_CHECKING:  # whoever only looks for a checkpoint need not wait for their import
+    import numpy as np
 
 FORMAT = 2  # 1 was of runs without shards
 ARRAYS, STATE, MANIFEST = "arrays.params", "state.json", "manifest.json"
@@ -233,7 +233,7 @@ def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
         chunks.append(struct.pack("<Iii", _ARRAY_MAGIC, 0, array.ndim))
         chunks.append(struct.pack(f"<{array.ndim}q", *array.shape))
         chunks.append(struct.pack("<iii", 1, 0, _TYPES[array.dtype.name]))  # of device cpu(0)
-        chunks.append(np.ascontiguousarray(array).tobytes())
+        chunks.append(array.tobytes())
     chunks.append(struct.pack("<Q", len(arrays)))
     for name in arrays:
         chunks.append(struct.pack("<Q", len(name.encode())) + name.encode())
@@ -242,6 +242,8 @@ def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 def decode_arrays(content: bytes) -> dict[str, np.ndarray]:
     """What :func:`encode_arrays` or ``mx.nd.save`` made of named arrays."""
+    import mxnet as mx
+
     return {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(content).items()}
 
 

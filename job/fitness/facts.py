@@ -111,13 +111,20 @@ def commit(root: Path = ROOT) -> str | None:
     return None
 
 
-def packages() -> dict[str, str]:
-    """The version of each package that matters and is installed."""
+def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The version of each package of ``names`` that is installed."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def versions() -> dict[str, str | None]:
+    """The packages that what is learned depends on."""
+    found = packages(("mxnet", "mxnet-cu112", "horovod", "numpy"))
+    mxnet = found.get("mxnet", found.get("mxnet-cu112"))
+    return {"mxnet": mxnet, "horovod": found.get("horovod"), "numpy": found.get("numpy")}
 
 
 def hiding(python_path: str, library_path: str) -> list[str]:

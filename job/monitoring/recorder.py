@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
+from job.fitness.facts import versions
 from job.monitoring.records import Writer
 from job.training.evaluation import Evaluation
 from job.training.metrics import Totals
@@ -113,17 +113,3 @@ class Recorder:
     def _write(self, **record: Any) -> None:
         for writer in self.writers:
             writer.write({**record, "ranks": self._ranks})
-
-
-def versions() -> dict[str, Optional[str]]:
-    """The packages that what is learned depends on."""
-    return {"mxnet": _version("mxnet", "mxnet-cu112"), "horovod": _version("horovod"), "numpy": _version("numpy")}
-
-
-def _version(*distributions: str) -> Optional[str]:
-    for distribution in distributions:
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None

@@ -23,10 +23,9 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
 from job.config import Config, fields
 from job.data.dataset import FASHION_MNIST, Split
-from job.fitness.facts import commit
+from job.fitness.facts import commit, versions
 from job.monitoring import pictures
 from job.monitoring.graph import graph_of
-from job.monitoring.recorder import versions
 from job.monitoring.records import Record, Writer
 from job.training.evaluation import Mistake
 from job.training.learner import Learner

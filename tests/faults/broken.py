@@ -12,8 +12,10 @@ import time
 from typing import Any
 
 from job.distributed.placement import placement, share_cores
+from job.quick_import import quicken
 
 share_cores()
+quicken()
 
 import numpy as np
 

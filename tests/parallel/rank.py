@@ -10,8 +10,10 @@ from importlib import import_module
 from pathlib import Path
 
 from job.distributed.placement import share_cores
+from job.quick_import import quicken
 
 share_cores()
+quicken()
 
 from job import command
 from job.distributed.comm import connect

@@ -18,7 +18,9 @@ from tests.parallel.conftest import environment, launcher
 SLOW_FEED = """
 import time
 from job.distributed.placement import share_cores
+from job.quick_import import quicken
 share_cores()  # before MXNet is imported
+quicken()
 from job import command, train
 from job.training import learner
 import mxnet
@@ -37,7 +39,9 @@ command.run(train.main)
 STOPPED = """
 import os, signal
 from job.distributed.placement import share_cores
+from job.quick_import import quicken
 share_cores()  # before MXNet is imported
+quicken()
 from job import command, train
 from job.training import learner
 from job.distributed.placement import placement
@@ -54,7 +58,9 @@ command.run(train.main)
 
 PLAIN = """
 from job.distributed.placement import share_cores
+from job.quick_import import quicken
 share_cores()
+quicken()
 from job import command, train
 command.run(train.main)
 """

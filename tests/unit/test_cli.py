@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +15,7 @@ import yaml
 
 import job
 from job import cli
-from job.config import Config, fields, load_config
+from job.config import ROOT, Config, fields, load_config
 from job.errors import UsageError
 
 
@@ -92,6 +94,17 @@ def test_check_prints_a_config_that_reads_back_and_starts_nothing(
     assert left.value.code == 0
     assert Config.model_validate(yaml.safe_load(printed)) == load_config(None, ["train.epochs=9", "run.dir=new"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_does_not_wait_for_the_import_of_what_trains(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('job/train.py', run_name='__main__')\n"
+        "finally:\n    print({'mxnet', 'horovod', 'numba', 'numpy', 'tensorboardX'} & {*sys.modules}, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, "--check", f"run.dir={tmp_path / 'new'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
 def test_check_finds_a_bad_value() -> None:

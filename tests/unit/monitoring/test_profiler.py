@@ -193,7 +193,9 @@ def test_an_error_in_the_run_is_not_covered_by_a_warning(tmp_path: Path, capsys:
 SLOW_FEED = """
 import time
 from job.distributed.placement import share_cores
+from job.quick_import import quicken
 share_cores()  # before MXNet is imported
+quicken()
 from job import command, train
 from job.training import learner
 import mxnet
