@@ -40,7 +40,8 @@ from job.distributed.comm import Comm
 from job.errors import PeerLostError, UsageError
 from job.networks.kernels import passes_for
 
-# A backward that is still queued when the interpreter ends would wait for a thread that no longer answers.
+# What is still queued when the interpreter ends calls Python from a thread that gets no more answer: the process aborts
+# or hangs. This is registered after MXNet's own hook, and so runs before it.
 atexit.register(mx.nd.waitall)
 
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may

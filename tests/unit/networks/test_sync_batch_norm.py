@@ -367,22 +367,31 @@ def test_resnet_18_in_each_way_of_running_it_is_float64_but_for_rounding(
 
 
 QUEUED = """
+import threading
 import mxnet as mx
 from mxnet import autograd
+from mxnet.gluon import nn
 from job.distributed.comm import Comm
 from job.networks.sync_batch_norm import SyncBatchNorm
-layer = SyncBatchNorm(comm=Comm(), in_channels=8)
-layer.initialize()
-x = mx.nd.ones((64, 8, 32, 32))
+
+class LateComm(Comm):
+    def sum(self, values, name):
+        threading.main_thread().join()  # until the script has come to its end
+        return values
+
+layer, net = SyncBatchNorm(comm=LateComm(), in_channels=8), nn.HybridSequential()
+net.add(layer, layer)
+net.initialize()
+net.hybridize(static_alloc=True, static_shape=True)
+x = mx.nd.ones((4, 8, 32, 32))
 x.attach_grad()
 with autograd.record():
-    y = layer(layer(x))
+    y = net(x)
 y.backward()
 """
 
 
-def test_a_script_that_ends_with_a_backward_queued_ends() -> None:
+def test_a_script_that_ends_with_a_backward_queued_ends_well() -> None:
     root = Path(sync_batch_norm.__file__).parents[2]
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", QUEUED], cwd=root, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", QUEUED], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")  # it aborts, or now and then hangs, if nobody waits for MXNet
