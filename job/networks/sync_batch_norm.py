@@ -40,10 +40,6 @@ from job.distributed.comm import Comm
 from job.errors import PeerLostError, UsageError
 from job.networks.kernels import passes_for
 
-# What is still queued when the interpreter ends calls Python from a thread that gets no more answer: the process aborts
-# or hangs. This is registered after MXNet's own hook, and so runs before it.
-atexit.register(mx.nd.waitall)
-
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
 # outlive whoever made it.
 _GROUPS: dict[str, Group] = {}
@@ -73,6 +69,9 @@ class Group:
         self.unanswered: dict[str, set[int]] = {}  # by layer: numbers of the forwards whose backward is still to come
         self._name = self.key.rpartition(".")[0]  # the same on all ranks
         _GROUPS[self.key] = self
+        # What is still queued when a script ends would need Python and the other ranks when there are none any more, and
+        # abort or hang. This is registered after the hooks of MXNet and of Horovod, and so runs before them.
+        atexit.register(mx.nd.waitall)
 
     def total(self, name: str, rows: np.ndarray) -> np.ndarray:
         """For each of this rank's shards the sum that concerns it, (len(own), width), from ``rows`` of that shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from typing import Any, NamedTuple
 
 import mxnet as mx
@@ -331,3 +332,30 @@ def test_a_training_forward_on_some_ranks_only_ends_within_the_bound_and_says_wh
     )
     assert done.returncode != 0
     assert "waiting for the other ranks in 'batch_norm.0.0.forward'" in done.stdout + done.stderr
+
+
+class LateComm(HorovodComm):
+    """Lets MXNet's threads wait until the script has come to its end."""
+
+    def sum(self, values: np.ndarray, name: str) -> np.ndarray:
+        if threading.current_thread() is not threading.main_thread():
+            threading.main_thread().join()
+        return super().sum(values, name)
+
+
+def end_with_a_backward_queued() -> None:
+    """The body of a script that waits for nothing."""
+    layer = SyncBatchNorm(comm=LateComm(timeout_seconds=30))
+    layer.initialize()
+    with autograd.record():
+        y = layer(layer(mx.nd.ones((2, 3))))
+    y.backward()
+
+
+def test_a_script_that_ends_with_a_backward_queued_still_has_the_other_ranks() -> None:
+    script = "from tests.parallel.test_sync_batch_norm import end_with_a_backward_queued as f; f()"
+    done = subprocess.run(
+        [*launcher(2), "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Error" not in done.stdout + done.stderr
