@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -32,19 +33,44 @@ def compiled(reorders_sums: bool) -> Callable[[Callable[..., Any]], Any]:
     return compile_
 
 
+def load_kept(*modules: ModuleType) -> None:
+    """Load what earlier processes compiled of the loops of these modules.
+
+    So what is damaged is told, and compiled anew, before a run starts to work. What nobody has compiled yet waits for
+    its first call. A loop takes some milliseconds.
+    """
+    for module in modules:
+        for loop in vars(module).values():
+            kept = getattr(loop, "_cache", None)
+            for signature in kept.signatures(loop.targetctx) if isinstance(kept, _Cache) else ():
+                loop.compile(signature)
+
+
 class _Cache(FunctionCache):
     """Compiled code in files, which a loss of power or a full disk may have cut short: then it is compiled anew."""
+
+    def signatures(self, target_context: Any) -> list[Any]:
+        """The arguments for which code of this processor is kept, as numba's types."""
+        try:
+            kept = list(self._cache_file._load_index())
+        except Exception as error:  # as in load_overload
+            self._mend(error)
+            return []
+        return [key[0] for key in kept if key == self._index_key(key[0], target_context.codegen())]
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(signature, target_context)
         except Exception as error:  # whatever the remains of a file make of pickle
-            _warn("cannot be used", self.cache_path, error)
+            self._mend(error)
+        return None
+
+    def _mend(self, error: Exception) -> None:
+        _warn("cannot be used", self.cache_path, error)
         try:
             self.flush()  # the index, so that good files take the place of the damaged ones
-        except Exception as error:
-            _warn("cannot be mended", self.cache_path, error)
-        return None
+        except Exception as why:
+            _warn("cannot be mended", self.cache_path, why)
 
     def save_overload(self, signature: Any, data: Any) -> None:
         try:

@@ -15,7 +15,7 @@ from job.config import ROOT
 PROGRAM = """
 import errno, os, sys
 import numpy as np
-from job.networks.compiled import compiled
+from job.networks.compiled import compiled, load_kept
 
 def double(x, out):
     for i in range(len(x)):
@@ -26,6 +26,9 @@ if "full" in sys.argv:
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
     numba.core.caching.IndexDataCacheFile._save_data = full
 loop = compiled(reorders_sums=True)(double)
+if "early" in sys.argv:
+    load_kept(sys.modules[__name__])
+    print("the work begins", file=sys.stderr)
 out = np.empty(3)
 loop(np.arange(3.0), out)
 hits = sum(loop.stats.cache_hits.values()) if hasattr(loop, "stats") else None
@@ -68,6 +71,19 @@ def test_a_file_that_was_cut_short_is_told_and_replaced(
     assert damaged.stdout == "[0.0, 2.0, 4.0] 0\n", damaged.stderr
     assert damaged.stderr.count("warning: ") == 1 and "compiled anew" in damaged.stderr
     assert run().stdout == "[0.0, 2.0, 4.0] 1\n"
+
+
+@pytest.mark.parametrize("kind", [".nbi", ".nbc"], ids=["index", "code"])
+def test_what_is_damaged_is_told_before_the_work_begins(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, kind: str
+) -> None:
+    run()
+    assert run("early").stderr == "the work begins\n"
+    (file,) = (file for file in files(tmp_path) if file.suffix == kind)
+    os.truncate(file, file.stat().st_size // 2)
+    first, second = run("early").stderr.splitlines()
+    assert first.startswith(f"warning: {file.parent}") and second == "the work begins"
+    assert run("early").stdout == "[0.0, 2.0, 4.0] 1\n"
 
 
 def test_a_full_disk_is_told_and_the_loop_runs(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
