@@ -31,8 +31,13 @@ me=launch/setup.sh
 root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
 # shellcheck source=launch/shared/environment.sh
 . "$root/launch/shared/environment.sh"
-# Each of these has pip put packages elsewhere than into .venv, or has them found elsewhere.
-unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_PYTHON PYTHONPATH PYTHONHOME
+unset PYTHONPATH PYTHONHOME
+# Each of these has pip put packages elsewhere than into .venv, or other ones there.
+pip_misleads='target prefix root user dry-run python platform python-version implementation abi editable no-binary'
+for name in $pip_misleads; do
+  name=${name//-/_}
+  unset "PIP_${name^^}"
+done
 leave_out LD_LIBRARY_PATH 'libmpi.so*' 'libopen-rte.so*' 'libopen-pal.so*' 'libpmix.so*'
 venv=$root/.venv
 state=$root/.setup # the log and the lock live outside .venv, so that they outlive one that is thrown away
@@ -204,13 +209,38 @@ make_venv() {
   stamp venv "$(key venv)"
 }
 
+# Reads `pip config list`, and prints what files (pip.conf) say as variables: the words of a section for one command, such
+# as [install], count more than those for all.
+print_pip_settings='
+import ast, sys
+settings = {}
+lines = [line.partition("=") for line in sys.stdin.read().splitlines()]
+for place, _, value in sorted(lines, key=lambda line: not line[0].startswith("global.")):
+    section, _, name = place.rpartition(".")
+    if section in ("global", "install", "wheel") and name not in sys.argv[1].split():
+        settings[name] = " ".join(ast.literal_eval(value).split())
+for name, value in settings.items():
+    print("PIP_" + name.upper().replace("-", "_") + "=" + value, end="\0")
+'
+
+# A file of the user or of the site may mislead pip as the variables do, and no option undoes that. So pip reads none of
+# them, and gets the rest of what they say, such as the index and its certificates, as variables.
+lead_pip() {
+  local setting
+  while IFS= read -r -d '' setting; do
+    if [[ ! -v ${setting%%=*} ]]; then export "${setting?}"; fi
+  done < <("$venv/bin/python" -m pip config list | "$venv/bin/python" -c "$print_pip_settings" "$pip_misleads")
+  export PIP_CONFIG_FILE=/dev/null
+}
+
 install_packages() {
   if stamped packages "$(key packages)"; then return; fi
+  lead_pip
   unstamp packages
   unstamp ready
   lock_entries not horovod >"$state/requirements.txt"
   if [[ -n $without_dev ]]; then leave_out_dev; fi
-  PIP_USER=no "$venv/bin/python" -m pip install --require-hashes -r "$state/requirements.txt"
+  "$venv/bin/python" -m pip install --require-hashes -r "$state/requirements.txt"
   if [[ $variant == gpu ]]; then link_cuda_libraries; fi
   stamp packages "$(key packages)"
 }
@@ -226,6 +256,7 @@ link_cuda_libraries() {
 
 build_horovod() {
   if stamped horovod "$(key horovod)"; then return; fi
+  lead_pip
   unstamp horovod
   rm -rf "$state/wheel"
   lock_entries only horovod >"$state/requirements-horovod.txt"
@@ -248,12 +279,12 @@ build_horovod() {
   # --no-cache-dir: pip would offer a Horovod wheel that some other project built, with other options.
   # MAKEFLAGS: Horovod takes its number of compilers from it, and a surrounding make must not lend it its own.
   # The rpath finds libmpi.so (in .venv/lib) and libmxnet.so from where Horovod's own library lies.
-  env "${options[@]}" PATH="$bin:$PATH" PIP_USER=no MAKEFLAGS="-j$(jobs_that_fit)" \
+  env "${options[@]}" PATH="$bin:$PATH" MAKEFLAGS="-j$(jobs_that_fit)" \
     LDFLAGS="-Wl,-rpath,\$ORIGIN/../../../..:\$ORIGIN/../../mxnet ${LDFLAGS:-}" \
     "$python" -m pip wheel --verbose --no-cache-dir --no-build-isolation --no-deps --require-hashes \
     --wheel-dir "$state/wheel" -r "$state/requirements-horovod.txt"
   # In two steps, because the Python that installs writes its own name into horovodrun.
-  PIP_USER=no "$venv/bin/python" -m pip install --no-deps --force-reinstall "$state"/wheel/horovod-*.whl
+  "$venv/bin/python" -m pip install --no-deps --force-reinstall "$state"/wheel/horovod-*.whl
   rm -r "$state/wheel"
   stamp horovod "$(key horovod)"
 }

@@ -41,12 +41,17 @@ calls, me, arguments = Path(calls), Path(me), sys.argv[6:]
 if arguments[0] == "-c":
     sys.version_info = (int(major), int(minor), 0, "final", 0)
     sys.modules[lacks] = None
+    sys.argv = arguments[1:]
     if "find_spec" in arguments[1]:
         sys.exit(not (me.parent / "packages").exists())
     if "import mxnet" not in arguments[1]:
         exec(arguments[1])
     sys.exit()
 
+if arguments[1:3] == ["pip", "config"]:
+    file = calls.with_name("pip config list")
+    print(file.read_text() if file.exists() else "")
+    sys.exit()
 name = " ".join(arguments[1:3]) if arguments[1] == "pip" else arguments[1]
 if "--require-hashes" in arguments:
     name += " " + " ".join(line.split("==")[0] for line in open(arguments[-1]) if "==" in line)
@@ -72,6 +77,7 @@ elif arguments[-1].endswith(".whl"):
         (me.parent / tool).chmod(0o755)
 elif "--require-hashes" in arguments and not {"PIP_TARGET", "PIP_PREFIX"} & os.environ.keys():
     (me.parent / "packages").touch()
+    calls.with_name("variables").write_text("".join(f"{name}={value}\\n" for name, value in os.environ.items()))
 elif arguments[1] == "job.data":
     print("60000 images, verified")
 """
@@ -217,6 +223,24 @@ def test_pip_installs_into_the_environment_whatever_the_users_settings_are(check
     code, said = checkout.setup(PIP_TARGET="/elsewhere", PIP_PREFIX="/elsewhere", CDPATH="/", PYTHONPATH="/elsewhere")
     assert code == 0, said
     assert (checkout.root / ".venv" / "bin" / "packages").exists()
+
+
+def test_of_pips_own_files_only_what_leads_packages_into_the_environment_counts(checkout: Checkout) -> None:
+    checkout.add_python("python3.11", (3, 11))
+    checkout.calls_file.with_name("pip config list").write_text(
+        ":env:.cert='/c'\ninstall.target='/elsewhere'\ninstall.timeout='7'\nglobal.user='true'\nglobal.timeout='5'\n"
+        "global.index-url='https://one/'\nglobal.extra-index-url='\\nhttps://a b/\\nhttps://two/'\nglobal.cert='/d'\n"
+    )
+    code, said = checkout.setup(PIP_CERT="/c", PIP_USER="1")
+    assert code == 0, said
+    lines = checkout.calls_file.with_name("variables").read_text().splitlines()
+    assert sorted(line for line in lines if line.startswith("PIP_")) == [
+        "PIP_CERT=/c",
+        "PIP_CONFIG_FILE=/dev/null",
+        "PIP_EXTRA_INDEX_URL=https://a b/ https://two/",
+        "PIP_INDEX_URL=https://one/",
+        "PIP_TIMEOUT=7",
+    ]
 
 
 def test_an_environment_whose_packages_went_elsewhere_is_made_anew(ready: Checkout) -> None:
