@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, read
+from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, decode_state, read
 from job.config import Config, fields
 from job.errors import CheckpointError, UsageError
 from job.fitness.facts import versions
@@ -58,7 +57,7 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.run.resume != "never" and (found := _find(config, warn=lambda message: None)):
         now = identity(config, ranks, config.data.sha256.model_dump())
-        of = json.loads(found.state)["config"]
+        of = decode_state(found.state)["config"]
         known = {key: value for key, value in now.items() if value != "any" and key != "data.shards"}
         if not _batch_may_limit(config, ranks, of["data.shards"]):
             known["data.shards"] = max(config.data.shards, ranks)
@@ -100,7 +99,7 @@ class Checkpoints:
         arrays = self._comm.broadcast_bytes(found.arrays if found else b"", "checkpoint arrays")
         values = self._comm.broadcast_bytes(found.state if found else b"", "checkpoint state")
         if arrays:
-            state.load_state_dict(decode_arrays(arrays), json.loads(values)["parts"])
+            state.load_state_dict(decode_arrays(arrays), decode_state(values)["parts"])
         else:  # before anything else is written: a run without a checkpoint has nothing to lose
             self.save(state)
             self.finish()
@@ -157,7 +156,7 @@ def require_same_run(found: Checkpoint, now: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming each key in which they differ.
     """
-    differing = differences(json.loads(found.state)["config"], now)
+    differing = differences(decode_state(found.state)["config"], now)
     if differing:
         keys = [line.partition(":")[0] for line in differing]
         raise UsageError(

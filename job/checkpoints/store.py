@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from job import storage
 from job.errors import CheckpointError
-from job.run_dir import CHECKPOINT, UNFINISHED
+from job.run_dir import CHECKPOINT, UNFINISHED, finite
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint need not wait for their import
     import numpy as np
@@ -81,7 +82,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
             temporary.mkdir()
-            files = {ARRAYS: encode_arrays(arrays), STATE: json.dumps(state).encode()}
+            files = {ARRAYS: encode_arrays(arrays), STATE: encode_state(state)}
             for name, content in files.items():
                 _write(temporary / name, content)
             _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(_network(arrays))))
@@ -247,10 +248,31 @@ def decode_arrays(content: bytes) -> dict[str, np.ndarray]:
     return {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(content).items()}
 
 
+def encode_state(state: Mapping[str, Any]) -> bytes:
+    """As JSON, which has no NaN and no infinity: such a number x is the object ``{"float": "x"}``."""
+    return json.dumps(_spelled(state), allow_nan=False).encode()
+
+
+def decode_state(content: bytes) -> dict[str, Any]:
+    """What :func:`encode_state` made, now or in an earlier version that wrote the bare word NaN."""
+    state: dict[str, Any] = json.loads(
+        content, object_hook=lambda held: float(held["float"]) if held.keys() == {"float"} else held
+    )
+    return state
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(item) for item in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _manifest(step: int, score: Any, files: Mapping[str, bytes], weights: str) -> bytes:
     sums = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
-    manifest = {"format": FORMAT, "step": step, "score": score, "weights_sha256": weights, "files": sums}
-    return json.dumps({**manifest, "sha256": _sha256_of(manifest)}, indent=2).encode()
+    manifest = {"format": FORMAT, "step": step, "score": finite(score), "weights_sha256": weights, "files": sums}
+    return json.dumps({**manifest, "sha256": _sha256_of(manifest)}, indent=2, allow_nan=False).encode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def write_spans(trace: Path, spans: Sequence[Span], rank: int) -> None:
             events.append(_named("thread", rank, len(tracks), kind))
         times = {"ts": span.start, "dur": span.end - span.start, "pid": rank, "tid": tracks[kind, span.thread]}
         events.append({"ph": "X", "cat": span.category, "name": span.name or "?", **times})
-    write_whole(trace, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    write_whole(trace, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False))
 
 
 def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:

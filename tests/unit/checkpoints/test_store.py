@@ -28,6 +28,7 @@ from job.checkpoints.store import (
     Damaged,
     Store,
     decode_arrays,
+    decode_state,
     encode_arrays,
     read,
     weights_sha256,
@@ -63,6 +64,24 @@ def test_what_was_written_is_read_back_to_the_last_bit(tmp_path: Path) -> None:
     for name, array in ARRAYS.items():
         assert arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(arrays[name], array + 3)
+
+
+def test_numbers_that_json_does_not_know_are_kept_in_json_that_any_reader_takes(tmp_path: Path) -> None:
+    values = {"loss": [float("nan"), float("inf"), -float("inf"), 0.5], "float": "nan", "held": {"a": {"float": 1}}}
+    Store(tmp_path, 3).write(1, ARRAYS, values, score=float("nan"))
+    found = Store(tmp_path, 3).newest(no_warning)
+    assert found is not None
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for file in ("state.json", "manifest.json"):
+        json.loads((tmp_path / "step-00000001" / file).read_text(), parse_constant=refuse)
+    assert repr(decode_state(found.state)) == repr(values)
+
+
+def test_the_bare_words_of_earlier_versions_are_read() -> None:
+    assert repr(decode_state(b'{"loss": [NaN, -Infinity]}')) == "{'loss': [nan, -inf]}"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "int8", "int32", "int64"])
