@@ -30,6 +30,7 @@ _FACTS = {"commit", "python", "packages", "free_disk_bytes", "data", "interfaces
 # how many ranks it takes by default, and whether it holds checkpoints of this run.
 _SCRIPT = """
 cd {directory} || exit {no_directory}
+{settings}
 echo "connection=$SSH_CONNECTION"
 echo "gpus=$({gpus})"
 echo "checkpoints=$(ls -d {checkpoints}/step-* 2>/dev/null | grep -c .)"
@@ -60,6 +61,7 @@ class Question(NamedTuple):
         directory: where the ranks are to run.
         run_dir: the run's folder.
         arguments: those of train.py.
+        settings: variables of the ranks by which a host counts its GPUs.
     """
 
     python: str
@@ -67,6 +69,7 @@ class Question(NamedTuple):
     directory: Path
     run_dir: Path
     arguments: Sequence[str]
+    settings: Mapping[str, str] = {}
 
     def script(self, ranks: Optional[int]) -> str:
         """What a shell runs on a host that is to have so many ranks; None for what the doctor expects by itself."""
@@ -75,6 +78,7 @@ class Question(NamedTuple):
         return _SCRIPT.format(
             directory=shlex.quote(str(self.directory)),
             no_directory=_NO_DIRECTORY,
+            settings="\n".join(f"export {name}={shlex.quote(value)}" for name, value in self.settings.items()),
             checkpoints=shlex.quote(str(self.run_dir / "checkpoints")),
             gpus=shlex.join([self.python, "-I", str(self.root / "job" / "distributed" / "gpus.py")]),
             doctor=shlex.join(doctor),

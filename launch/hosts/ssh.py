@@ -38,7 +38,8 @@ class Ssh(NamedTuple):
             words += ["-p", str(self.port)]
         if self.identity_file:
             words += ["-i", str(self.identity_file)]
-        return [*words, "--", host, shlex.join(remote)]
+        # A login shell that is csh takes `!` for its history even between quotes, but not behind a backslash.
+        return [*words, "--", host, shlex.join(remote).replace("!", "'\\!'")]
 
     def _host_key_options(self, first_contact: bool) -> list[str]:
         if not self.pinned:

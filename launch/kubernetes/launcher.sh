@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The launcher pod of the MPIJob runs this: launch/cluster.sh, again after a preemption, never after a real failure.
+[ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # sh launch/kubernetes/launcher.sh
 set -uo pipefail
 
 usage() {

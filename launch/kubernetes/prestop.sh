@@ -3,6 +3,7 @@
 #
 # Without this, SIGTERM would reach sshd alone, and the ranks would be killed with the container. All ranks of the job
 # stop after the same step, with a checkpoint, and leave with exit code 75; launcher.sh goes on when all pods are back.
+[ -n "${BASH_VERSION:-}" ] || exec bash -- "$0" "$@" # sh launch/kubernetes/prestop.sh
 set -uo pipefail
 seconds=${1:-100} # shorter than terminationGracePeriodSeconds, which this counts against
 

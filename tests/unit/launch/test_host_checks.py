@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.hosts.checks import (
     place,
     table,
 )  # fmt: skip
+from launch.hosts.ssh import Ssh
 
 ROOT = Path("/opt/job")
 QUESTION = Question("/opt/job/.venv/bin/python", ROOT, Path("/"), Path("/runs/one"), ["run.dir=/runs/one"])
@@ -132,6 +134,28 @@ def test_nothing_that_csh_would_read_otherwise_is_on_the_command_line() -> None:
     assert set("".join(SHELL)) <= set("sh-")
     got = ask("h", ["sh", "-s"], QUESTION._replace(python="/bin/echo", arguments=["it's=a b!"]), 20)
     assert got.problem and "it's=a b!" in got.problem.message
+
+
+@pytest.mark.parametrize("shell", ["csh", "tcsh", "dash", "bash"])
+def test_a_host_is_asked_through_each_login_shell(shell: str, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    python = tmp_path / "it's a !path" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf 'asked by %s' \"$*\"\n")
+    python.chmod(0o755)
+    question = QUESTION._replace(python=str(python), arguments=["run.dir=it's !here", "x=$HOME"])
+    checked = ask("h", [shell, "-c", Ssh().command("h", SHELL)[-1]], question, 20)
+    assert checked.problem and "run.dir=it's !here x=$HOME" in checked.problem.message
+    agent = Ssh().command("h", [str(python), "agent.py", "a!b"])[-1]  # as sshd gives it to the login shell
+    assert subprocess.run([shell, "-c", agent], capture_output=True, text=True).stdout == "asked by agent.py a!b"
+
+
+def test_a_variable_that_is_passed_on_to_the_ranks_counts_their_gpus() -> None:
+    script = QUESTION._replace(settings={"CUDA_VISIBLE_DEVICES": "0,it's"}).script(None)
+    counter = "/opt/job/.venv/bin/python -I /opt/job/job/distributed/gpus.py"
+    asked = script.replace(counter, "printenv CUDA_VISIBLE_DEVICES")
+    assert "gpus=0,it's\n" in subprocess.run(SHELL, input=asked, capture_output=True, text=True).stdout
 
 
 # --- comparison ---

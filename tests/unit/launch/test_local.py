@@ -167,6 +167,13 @@ def test_it_finds_its_project_by_each_way_of_calling_it(project: Project, tmp_pa
     assert f"python {project.root}/job/train.py" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["setup.sh", "slurm.sbatch", "kubernetes/launcher.sh", "cluster.sh"])
+def test_each_script_may_be_called_by_sh(project: Project, script: str) -> None:
+    done = project.run("sh", f"launch/{script}", "--help")
+    assert "usage: " in done.stdout or script == "cluster.sh", done.stderr
+    assert "Illegal option" not in done.stderr
+
+
 def test_a_missing_folder_for_temporary_files_is_named_with_its_variable(project: Project, tmp_path: Path) -> None:
     done = project.run("launch/local.sh", TMPDIR=str(tmp_path / "gone"))
     assert done.returncode == 1
