@@ -7,6 +7,8 @@ and hold to 2^-89. An addend that is not finite, or so large that the sum could 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mxnet as mx
 import numpy as np
 
@@ -24,17 +26,19 @@ class ExactSum:
     Args:
         comm: the ranks.
         size: of the vector.
+        kinds: what is added, in words, for :attr:`refused`.
         addends: how many numbers are added to each place at most, over all ranks; none may exceed LARGEST / addends.
         dtype: float32 or float64: what is added.
     """
 
-    def __init__(self, comm: Comm, size: int, addends: int, dtype: str) -> None:
+    def __init__(self, comm: Comm, size: int, kinds: Sequence[str], addends: int, dtype: str) -> None:
         self._comm = comm
         self._name = comm.fresh_name("exact sum")
-        self._limit = LARGEST / addends
+        self.limit = LARGEST / addends
+        self._kinds = kinds
         self._words = 2 if dtype == "float64" else 1
         self._size = size
-        self._array = mx.nd.zeros((self._words * size + 1,), dtype="int64")
+        self._array = mx.nd.zeros((self._words * size + len(kinds),), dtype="int64")
         self._array.wait_to_read()
         self._integers = host_view(self._array)
 
@@ -42,11 +46,12 @@ class ExactSum:
         """Begin anew, from zeros."""
         self._integers[:] = 0
 
-    def add(self, start: int, values: np.ndarray) -> None:
+    def add(self, kind: str, start: int, values: np.ndarray) -> None:
         """Add ``values`` (n,), float32 or float64, to the places from ``start`` on."""
         stop = start + values.size
         second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
-        self._integers[-1] += _add(self._integers[start:stop], second, values, self._limit)
+        counter = self._words * self._size + self._kinds.index(kind)
+        self._integers[counter] += _add(self._integers[start:stop], second, values, self.limit)
 
     def reduce(self) -> None:
         """Add up what all ranks have added. Waits for them."""
@@ -54,9 +59,10 @@ class ExactSum:
         self._array.wait_to_read()
 
     @property
-    def refused(self) -> int:
-        """How many addends were not finite or too large."""
-        return int(self._integers[-1])
+    def refused(self) -> dict[str, int]:
+        """Of which kinds addends were not finite, or larger than ``limit``, and how many."""
+        counts = self._integers[self._words * self._size :].tolist()
+        return {kind: count for kind, count in zip(self._kinds, counts) if count}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The sums of these places, float64 of shape (stop - start,)."""

@@ -16,13 +16,24 @@ from job.data.dataset import FASHION_MNIST, Description, Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
+from job.networks import kernels
+from job.networks.compiled import load_kept
 from job.networks.kernels import host_view
 from job.networks.shards import ShardedNetwork, dropout_mask
 from job.networks.sync_batch_norm import Group
+from job.training import exact
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import ExactSum, sum_of_squares
 from job.training.metrics import Meter, Totals
 from job.training.pace import Pace
+
+# What a step sums, in the words of the error about a number that cannot be summed.
+_KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
+    "the loss",
+    "the gradient",
+    "the number of right answers",
+    "a mean or variance of BatchNorm",
+)
 
 
 def optimizer_options(optimizer: OptimizerConfig) -> tuple[str, dict[str, Any]]:
@@ -86,6 +97,7 @@ class Learner:
     """
 
     def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
+        load_kept(kernels, exact)
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step
@@ -138,24 +150,26 @@ class Learner:
             measure: whether :meth:`vitals` is to tell how far the step moves the weights, which takes a copy of them.
 
         Raises:
-            DivergedError: loss or gradient is not finite, and such updates are not skipped. Nothing was updated.
+            DivergedError: a number that is summed is not finite, and such updates are not skipped. Nothing was updated.
         """
         self.pace.start()
         before = [array.copy() for array in self._statistics] if self._skips else []
         self._sums.clear()
-        self._sums.add(self._votes, np.array([float(stop)]))
+        self._sums.add(_LOSS, self._votes, np.array([float(stop)]))
         for shards in micros:
             self._add(self._backward(split, shards, global_batch), global_batch)
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
-        if self._sums.refused and not self._skips:
+        refused = self._sums.refused
+        if refused and not self._skips:
             raise DivergedError(
-                f"step {self.steps}: the loss or the gradient is not finite, or too large to go on with; the last"
-                " checkpoint is from before it. Lower optimizer.learning_rate (in the same run.dir with"
+                f"step {self.steps}: {' and '.join(refused)} {'are' if len(refused) > 1 else 'is'} not finite, or too"
+                f" large to go on with (more than {self._sums.limit:,.0f} in a shard); the last checkpoint is from"
+                " before it. Lower optimizer.learning_rate (in the same run.dir with"
                 " run.resume_ignoring=[optimizer.learning_rate]), set train.clip_gradient_norm, or drop such updates"
                 " with run.on_nonfinite=skip"
             )
-        if self._sums.refused:
+        if refused:
             self._undo(before)
         else:
             self._learn(global_batch, learning_rate, measure)
@@ -241,23 +255,23 @@ class Learner:
             channels = self._parameters[norm.running_mean].data().size
             self._moments.append(Span(place, place + 2 * channels * self._micros))
             place = self._moments[-1].stop
-        return ExactSum(self.comm, place, shards * self._micros, self.feed.dtype)
+        return ExactSum(self.comm, place, _KINDS, shards * self._micros, self.feed.dtype)
 
     def _add(self, outcomes: list[list[mx.nd.NDArray]], global_batch: int) -> None:
         """Wait for the gradients of this rank's shards, and add them up."""
         for parameter, place in zip(self._trained, self._places):
             for gradient in self._network.gradients[parameter.name]:
-                self._sums.add(place.start, _values(gradient))
+                self._sums.add(_GRADIENT, place.start, _values(gradient))
         for losses, correct in outcomes:
-            self._sums.add(self._loss, _values(losses) / global_batch)
-            self._sums.add(self._correct, _values(correct))
+            self._sums.add(_LOSS, self._loss, _values(losses) / global_batch)
+            self._sums.add(_CORRECT, self._correct, _values(correct))
 
     def _reduce(self, images: int) -> None:
         for norm, place in zip(self._network.graph.norms, self._moments):
             moments = self._group.moments.pop(norm.key)  # of each micro-batch (own shards, mean and var, channels)
             for micro, own in enumerate(moments):
                 for values in own:
-                    self._sums.add(place.start + micro * values.size, values.ravel())
+                    self._sums.add(_MOMENTS, place.start + micro * values.size, values.ravel())
         ready = time.perf_counter()
         self._sums.reduce()
         self.pace.done(time.perf_counter() - ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.faults.conftest import Run
 def test_numbers_gone_bad_end_the_run_with_the_step_and_the_last_good_checkpoint(run: Run, fault: str) -> None:
     ended = run.train(2, "train.log_every_steps=100", fault=f"{fault}:step:1:7")
     assert ended.code == 1
-    assert "error: rank 0: step 8: the loss or the gradient is not finite" in ended.output
+    assert re.search("error: rank 0: step 8: .* not finite", ended.output)
     assert run.checkpoints()[-1] == "step-00000006"
     again = run.train(2, "run.resume=auto", "train.log_every_steps=100")
     assert again.code == 0, again.output
@@ -24,7 +25,7 @@ def test_numbers_gone_bad_end_the_run_with_the_step_and_the_last_good_checkpoint
 @pytest.mark.fault(15)
 def test_a_checkpoint_is_never_made_of_numbers_gone_bad(run: Run) -> None:
     ended = run.train(2, "train.log_every_steps=100", fault="nan:step:1:9")
-    assert "error: rank 0: step 10: the loss or the gradient is not finite" in ended.output
+    assert re.search("error: rank 0: step 10: .* not finite", ended.output)
     assert run.checkpoints()[-1] == "step-00000006"
 
 

@@ -39,12 +39,16 @@ class Broken(Feed):
         return (images * np.nan if self.broken else images), labels
 
 
-def build(seed: int = 0, on_nonfinite: str = "stop", dense_batch_norm: bool = False, **optimizer: Any) -> RunState:
+PLAIN = ModelConfig()
+
+
+def build(model: ModelConfig = PLAIN, seed: int = 0, on_nonfinite: str = "stop", **optimizer: Any) -> RunState:
     seed_everything(seed)
-    net = models.build(ModelConfig(dense_batch_norm=dense_batch_norm))
+    net = models.build(model)
     models.initialize(net, mx.cpu())
     config = {
         "run": {"seed": seed, "on_nonfinite": on_nonfinite},
+        "model": model.model_dump(),
         "data": {"shards": SHARDS},
         "optimizer": {"learning_rate": 0.05, **optimizer},
     }
@@ -127,7 +131,7 @@ def test_the_state_is_a_copy() -> None:
 
 def test_the_state_of_another_network_is_refused_by_the_names_that_differ() -> None:
     with pytest.raises(CheckpointError, match=r"another network or optimizer: .*running_mean"):
-        moved(build(dense_batch_norm=True), build())
+        moved(build(ModelConfig(dense_batch_norm=True)), build())
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS.values()), ids=list(OPTIMIZERS))
@@ -137,7 +141,7 @@ def test_numbers_gone_bad_end_the_very_step_that_is_named_and_no_weight_has_move
     before = state.state_dict()
     Broken.broken = True
     try:
-        with pytest.raises(DivergedError, match=r"^step 3: the loss or the gradient is not finite.*on_nonfinite=skip"):
+        with pytest.raises(DivergedError, match=r"^step 3: the gradient is not finite.*on_nonfinite=skip"):
             take(state, 1)
     finally:
         Broken.broken = False
@@ -153,6 +157,13 @@ def test_numbers_too_large_to_be_summed_are_gone_bad_too() -> None:
     state = build()
     state.learner.net[-1].bias.data()[:] = np.float32(1e30) * np.arange(10)  # the loss is finite, and no use
     with pytest.raises(DivergedError, match=r"^step 1: .* too large to go on with"):
+        take(state, 1)
+
+
+def test_a_variance_too_large_to_be_summed_is_told_as_one() -> None:
+    state = build(ModelConfig(sync_batch_norm=False))
+    state.learner.net[0].weight.data()[:] *= 1e5
+    with pytest.raises(DivergedError, match=r"^step 1: a mean or variance of BatchNorm is not .*more than 87,381"):
         take(state, 1)
 
 

@@ -16,6 +16,7 @@ from job.distributed.comm import Comm
 from job.training.exact import LARGEST, ExactSum, sum_of_squares
 
 LIMIT = LARGEST / 64
+KINDS = ("whole", "half")
 NUMBERS = st.one_of(
     st.floats(-LIMIT, LIMIT, width=32),
     st.floats(-1.0, 1.0, width=32),
@@ -41,9 +42,10 @@ class Others(Comm):
 def on_one_rank(numbers: Sequence[float], dtype: str, others: Sequence[np.ndarray] = ()) -> tuple[ExactSum, Others]:
     """Sums of ``numbers`` and of their halves."""
     comm = Others(others)
-    sums = ExactSum(comm, 2, 64, dtype)
+    sums = ExactSum(comm, 2, KINDS, 64, dtype)
     for number in numbers:
-        sums.add(0, np.array([number, number / 2], dtype))
+        sums.add("whole", 0, np.array([number], dtype))
+        sums.add("half", 1, np.array([number / 2], dtype))
     sums.reduce()
     return sums, comm
 
@@ -58,7 +60,7 @@ def test_no_order_and_no_number_of_ranks_changes_a_bit(numbers: list[float], ord
     vectors = [own for part in others if (own := on_one_rank(part, dtype)[1].own) is not None]
     shared, _ = on_one_rank(first, dtype, vectors)
     assert shared.read(0, 2).tobytes() == whole.read(0, 2).tobytes()
-    assert shared.refused == whole.refused == 0
+    assert shared.refused == whole.refused == {}
 
 
 @settings(deadline=None)
@@ -75,27 +77,28 @@ def test_sums_hold_to_what_is_promised_for_each_addend(numbers: list[float], dty
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, LIMIT * 1.001, -1e30])
 def test_what_is_not_finite_or_too_large_is_refused_and_counted_and_never_wraps(bad: float, dtype: str) -> None:
-    sums, _ = on_one_rank([1.0, bad, 2.0], dtype, [np.zeros(5 if dtype == "float64" else 3, np.int64)])
-    assert sums.refused == (2 if abs(bad) > 2 * LIMIT or np.isnan(bad) else 1)  # the number and its half
+    sums, _ = on_one_rank([1.0, bad, 2.0], dtype, [np.zeros(6 if dtype == "float64" else 4, np.int64)])
+    half_too = abs(bad) > 2 * LIMIT or np.isnan(bad)
+    assert sums.refused == ({"whole": 1, "half": 1} if half_too else {"whole": 1})
     assert sums.read(0, 1).tolist() == [3.0]
     sums.clear()
-    assert sums.refused == 0 and sums.read(0, 2).tolist() == [0.0, 0.0]
+    assert sums.refused == {} and sums.read(0, 2).tolist() == [0.0, 0.0]
 
 
 def test_as_many_of_the_largest_as_are_announced_fit() -> None:
     sums, _ = on_one_rank([LIMIT] * 64, "float32")
-    assert sums.read(0, 1).tolist() == [LARGEST] and sums.refused == 0
+    assert sums.read(0, 1).tolist() == [LARGEST] and sums.refused == {}
 
 
 def test_a_refusal_on_another_rank_is_known_here() -> None:
-    sums, _ = on_one_rank([1.0], "float32", [np.array([0, 0, 3])])
-    assert sums.refused == 3
+    sums, _ = on_one_rank([1.0], "float32", [np.array([0, 0, 0, 3])])
+    assert sums.refused == {"half": 3}
 
 
 def test_a_long_vector_is_summed_in_its_own_places() -> None:
-    sums = ExactSum(Comm(), 1000, 2, "float32")
-    sums.add(10, np.arange(5, dtype=np.float32))
-    sums.add(12, np.arange(5, dtype=np.float32))
+    sums = ExactSum(Comm(), 1000, KINDS, 2, "float32")
+    sums.add("whole", 10, np.arange(5, dtype=np.float32))
+    sums.add("whole", 12, np.arange(5, dtype=np.float32))
     sums.reduce()
     assert sums.read(8, 19).tolist() == [0, 0, 0, 1, 2, 4, 6, 3, 4, 0, 0]
     assert not sums.read(0, 10).any() and not sums.read(17, 1000).any()
