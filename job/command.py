@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Optional, TypeVar
 
 from job.distributed.placement import launched, placement
 from job.distributed.watchdog import leaving
@@ -24,24 +24,27 @@ T = TypeVar("T")
 _HOLD_SECONDS = 10.0
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and end the process with the exit code that its outcome calls for.
+def run(main: Callable[[], Optional[int]], label: str = "error") -> NoReturn:
+    """Run ``main`` and end the process with the exit code that it returns, or that its outcome calls for.
+
+    ``label`` is what the message of a failure begins with.
 
     A rank leaves through ``os._exit``: the ordinary way out would wait, in Horovod's and MXNet's own exit hooks, for
     ranks that may never answer, where no watchdog looks any more. All that has to be closed is closed by then.
     """
 
-    def whole() -> None:
-        main()
+    def whole() -> int:
+        code = main() or 0
         sys.stdout.flush()
         sys.stderr.flush()
+        return code
 
-    attempt(whole)
+    code = attempt(whole, label)
     leaving.acquire()
-    os._exit(0)
+    os._exit(code)
 
 
-def attempt(work: Callable[[], T]) -> T:
+def attempt(work: Callable[[], T], label: str = "error") -> T:
     """The result of ``work``; if it fails, the process ends with a message and the exit code that this calls for."""
     _ready_streams()
     try:
@@ -52,15 +55,15 @@ def attempt(work: Callable[[], T]) -> T:
     except JobError as error:
         if isinstance(error, (UsageError, PeerLostError, DivergedError)):
             _let_another_rank_speak()
-        _end(str(error), error.exit_code)
+        _end(str(error), error.exit_code, label)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        _end("interrupted", 130, label)
     except BrokenPipeError:
-        _end("nobody reads the output any more", 1)
+        _end("nobody reads the output any more", 1, label)
     except OSError:
-        _end(_about_output() or traceback.format_exc(), 1)
+        _end(_about_output() or traceback.format_exc(), 1, label)
     except Exception:
-        _end(traceback.format_exc(), 1)
+        _end(traceback.format_exc(), 1, label)
 
 
 def _ready_streams() -> None:
@@ -120,7 +123,7 @@ def _launch_script_is_told() -> bool:
     return False
 
 
-def _end(message: str, code: int, label: str = "error") -> NoReturn:
+def _end(message: str, code: int, label: str) -> NoReturn:
     everybodys = code == UsageError.exit_code and placement().rank == 0
     where = f"rank {placement().rank}: " if placement().size > 1 and not everybodys else ""
     with contextlib.suppress(OSError, ValueError):  # whoever read our output may be gone

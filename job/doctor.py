@@ -37,10 +37,12 @@ from rich.text import Text
 
 from job import command
 from job.config import DEFAULT_FILE, Config, from_home, load_config
-from job.distributed.placement import cores
+from job.distributed import search_path
+from job.distributed.placement import asked_threads, cores
 from job.errors import JobError, UsageError
 from job.fitness import checks, facts
 from job.fitness.checks import Check
+from job.run_dir import finite
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -67,7 +69,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     found = [
         checks.python(known["python"], f"{platform.system()} {platform.machine()}"),
-        checks.hiding(facts.hiding(os.environ.get("PYTHONPATH", ""), os.environ.get("LD_LIBRARY_PATH", ""))),
+        checks.hiding(search_path.hiding(os.environ.get("PYTHONPATH", ""), os.environ.get("LD_LIBRARY_PATH", ""))),
         checks.numpy(packages),
         checks.wheels(packages),
         checks.mxnet(facts.mxnet()),
@@ -77,7 +79,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
             _resolved(shutil.which("horovodrun")), str(Path(sys.prefix).resolve() / "bin" / "horovodrun")
         ),
         checks.cores(ranks, cores()),
-        checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores()),
+        checks.threads(asked_threads(), ranks, cores()),
         checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus),
         checks.left_over(facts.left_in_shared_memory()),
         checks.memory(facts.memory_bytes(), ranks),
@@ -116,7 +118,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     known, found = examine(load_config(options.config, options.overrides), options.np)
     if options.json:
-        print(json.dumps({"facts": known, "checks": [check._asdict() for check in found]}, indent=2))
+        said = {"facts": known, "checks": [check._asdict() for check in found]}
+        print(json.dumps(finite(said), indent=2, allow_nan=False))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(found))
     failed = [check.name for check in found if check.status == "fail"]

@@ -11,6 +11,11 @@ from typing import Optional
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from job.distributed.search_path import explain_imports
+
+if __name__ == "__main__":
+    explain_imports()
+
 from job import command
 from job.cli import parse, require_samples, settle_shards
 from job.distributed.placement import placement, share_cores

@@ -33,6 +33,7 @@ from horovod.runner.http.http_server import RendezvousServer
 from horovod.runner.util.network import get_local_host_addresses
 from rich.console import Console
 
+from job import command
 from job.errors import JobError, UsageError
 from launch.hosts import checks, hostfile
 from launch.hosts.hostfile import Host
@@ -49,6 +50,7 @@ _ALLOWED = re.compile(
     )
 )
 
+_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")  # where -x names them, they hold on the hosts too
 _RESOLVE_SECONDS = 5.0  # for all names together
 
 _DESCRIPTION = """Train on several machines, over ssh.
@@ -310,7 +312,8 @@ def check_hosts(
     """
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
     run_dir = Path(os.getcwd(), config["run"]["dir"])
-    question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments)
+    counted = {name: os.environ[name] for name in _GPUS if name in options.forward}
+    question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments, counted)
     commands = {
         host.name: [*as_after_login(), *checks.SHELL]
         if host.name in local
@@ -385,19 +388,6 @@ def launch(options: argparse.Namespace) -> int:
     return Job(sites(options, ssh, local, placed, network), options.stop_timeout).run()
 
 
-def main() -> NoReturn:
-    """Launch, and tell a failure in one message."""
-    code = 1
-    try:
-        code = launch(parse())
-    except JobError as error:
-        print(f"launch/cluster.sh: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    sys.stdout.flush()
-    os._exit(code)  # threads that wait for dead hosts are left behind
-
-
 if __name__ == "__main__":
-    main()
+    # It ends at once: threads that wait for dead hosts are left behind.
+    command.run(lambda: launch(parse()), label="launch/cluster.sh")

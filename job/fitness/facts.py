@@ -127,32 +127,6 @@ def versions() -> dict[str, str | None]:
     return {"mxnet": mxnet, "horovod": found.get("horovod"), "numpy": found.get("numpy")}
 
 
-def hiding(python_path: str, library_path: str) -> list[str]:
-    """What hides packages of this environment: ``FOLDER (of VARIABLE) holds FILE``, for folders of the two lists."""
-    modules = (
-        "numpy",
-        "mxnet",
-        "horovod",
-        "numba",
-        "pydantic",
-        "pydantic_core",
-        "yaml",
-        "psutil",
-        "rich",
-        "tensorboardX",
-    )
-    libraries = "libmpi.so* libopen-rte.so* libopen-pal.so* libpmix.so*".split()
-    found = []
-    for variable, folders, names in (
-        ("PYTHONPATH", python_path, modules), ("LD_LIBRARY_PATH", library_path, libraries),
-    ):  # fmt: skip
-        for folder in filter(None, folders.split(os.pathsep)):
-            held = [path.name for name in names for path in Path(folder).glob(name)]
-            if held and not Path(folder).resolve().is_relative_to(Path(sys.prefix).resolve()):
-                found.append(f"{folder} (of {variable}) holds {held[0]}")
-    return found
-
-
 def left_in_shared_memory(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:
     """What an mpirun that was killed has left there: files of Open MPI that no process that we may look at uses."""
     files = [str(file) for file in sorted(folder.glob("vader_segment.*"))] if folder.is_dir() else []

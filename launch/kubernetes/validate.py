@@ -22,6 +22,7 @@ if not __package__:  # run as a script: find the packages from any directory, an
 import yaml
 from pydantic import ValidationError
 
+from job import command
 from job.errors import JobError, UsageError
 from launch.kubernetes.checks import jobs, objects
 from launch.kubernetes.checks.manifest import Document, Problem, all_pods, is_quantity, name
@@ -166,8 +167,4 @@ def main(arguments: Any = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    command.run(main)

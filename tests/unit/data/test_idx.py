@@ -27,7 +27,7 @@ from job.config import DataConfig
 from job.data import download, idx
 from job.data.__main__ import main
 from job.data.dataset import Dataset
-from job.errors import DataError
+from job.errors import DataError, UsageError
 
 KEYS = {
     "train-images-idx3-ubyte": "train_images",
@@ -582,14 +582,14 @@ def arguments(values: DataConfig) -> list[str]:
 
 def test_the_command_prints_where_the_files_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path / "package")
-    assert main(arguments(config(tmp_path))) == 0
+    main(arguments(config(tmp_path)))
     printed = capsys.readouterr().out
     for path in (tmp_path / "cache").glob("*/*-ubyte"):
         assert f"{path}: " in printed
 
 
-def test_the_command_fails_with_one_error_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(config(tmp_path))) == 1
-    assert capsys.readouterr().err.startswith("error: cannot get the data set")
-    assert main(["data.typo=1"]) == 2
-    assert "data.typo" in capsys.readouterr().err
+def test_the_command_fails_with_one_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot get the data set"):
+        main(arguments(config(tmp_path)))
+    with pytest.raises(UsageError, match=r"data\.typo"):
+        main(["data.typo=1"])

@@ -314,17 +314,6 @@ def test_data_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert wrong == Data(error=f"data.dir={tmp_path}/nowhere: not a folder that can be used: No such file or directory")
 
 
-def test_folders_that_hide_packages_are_found_in_either_search_path(tmp_path: Path) -> None:
-    (tmp_path / "site" / "numpy").mkdir(parents=True)
-    (tmp_path / "mpi").mkdir()
-    (tmp_path / "mpi" / "libmpi.so.40").touch()
-    assert facts.hiding(f"{tmp_path}:{tmp_path}/site:", f"{tmp_path}/mpi:/gone") == [
-        f"{tmp_path}/site (of PYTHONPATH) holds numpy",
-        f"{tmp_path}/mpi (of LD_LIBRARY_PATH) holds libmpi.so.40",
-    ]
-    assert facts.hiding("", "") == []
-
-
 def test_a_numpy_that_fails_in_its_own_way_is_a_fact_and_not_the_doctors_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
