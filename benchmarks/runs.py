@@ -36,12 +36,12 @@ def run(name: str, ranks: int, overrides: Sequence[str], threads: int | None = N
         name: the folder, which must differ for every setting.
         ranks: how many.
         overrides: of the default configuration.
-        threads: OpenMP threads a rank, to run several runs side by side; by default the rank's share of the cores.
+        threads: operators of a rank side by side, to run several runs at once; by default its share of the cores.
     """
     folder = ROOT / "runs" / "benchmarks" / name
     if not (folder / "summary.json").exists():
         arguments = [f"run.dir={folder}", "run.overwrite=true", *overrides]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        environment = {**os.environ, **({"MXNET_CPU_WORKER_NTHREADS": str(threads)} if threads else {})}
         command = [LOCAL, "-np", str(ranks), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

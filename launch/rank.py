@@ -35,6 +35,7 @@ from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPSer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
+from job import command
 from job.errors import JobError, Preempted, UsageError
 from launch.shared.arguments import with_auto_resume
 
@@ -210,7 +211,8 @@ def rank_environment(task: Task, rank: int, local_rank: int) -> dict[str, str]:
     """What a rank must be told before it meets the others."""
     variables: dict[str, str] = create_slot_env_vars(slot(task.ranks_on_host, task.host, rank, local_rank))
     if "SLURM_CPUS_PER_TASK" in os.environ:  # Slurm has shared out the cores already
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or os.environ["SLURM_CPUS_PER_TASK"]
+        own = os.environ.get("MXNET_CPU_WORKER_NTHREADS") or os.environ["SLURM_CPUS_PER_TASK"]
+        variables["MXNET_CPU_WORKER_NTHREADS"] = own
     return variables
 
 
@@ -482,8 +484,4 @@ def _show(task: Task, command: Sequence[str], variables: Mapping[int, Mapping[st
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+    command.run(lambda: main(sys.argv[1:]))

@@ -10,13 +10,14 @@ import contextlib
 import os
 import re
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Optional
 
 from job.distributed.cgroup import cpu_quota
 
 _HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
+_ASKED_THREADS = "JOB_ASKED_OMP_NUM_THREADS"
 _MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
@@ -74,10 +75,13 @@ def share_cores() -> None:
     """Give each rank of this node its part of the cores. To be called before MXNet and Horovod are imported.
 
     An operator is computed by one thread, so that its bits do not depend on how many cores a rank has; the rank's
-    cores compute operators of several shards side by side. A value that the user has set stands.
+    cores compute operators of several shards side by side. Another OMP_NUM_THREADS, such as a site's module sets, is
+    not obeyed; :func:`asked_threads` has it, for a warning.
     """
     ranks = placement().local_size
-    os.environ["OMP_NUM_THREADS"] = str(_threads(os.environ.get("OMP_NUM_THREADS", "").strip()))
+    os.environ[_ASKED_THREADS] = os.environ.get("OMP_NUM_THREADS", "")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("MXNET_OMP_MAX_THREADS", None)  # it would count more
     share = min(len(os.sched_getaffinity(0)), max(1, cores() // ranks))  # fewer, if it is bound to fewer
     os.environ.setdefault("MXNET_CPU_WORKER_NTHREADS", str(share))
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "64")  # or operators wait for one another's scratch memory
@@ -85,13 +89,6 @@ def share_cores() -> None:
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 
-def _threads(setting: str) -> int:
-    """What the user's OMP_NUM_THREADS means. OpenMP knows lists, a number a level of nesting, of which MXNet has one.
-
-    MXNet and OpenMP crash on other texts, or take a number of their own.
-    """
-    first = setting.partition(",")[0].strip() or "1"
-    if not re.fullmatch(r"0*[1-9]\d{0,5}", first):
-        remedy = "unset it, and an operator takes one thread"
-        _refuse(f"OMP_NUM_THREADS={setting} is not a number of threads; {remedy}")
-    return int(first)
+def asked_threads() -> Optional[str]:
+    """The user's OMP_NUM_THREADS, before :func:`share_cores` or after it; None if there was none."""
+    return os.environ.get(_ASKED_THREADS, os.environ.get("OMP_NUM_THREADS")) or None

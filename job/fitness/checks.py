@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from job.config import Config
+from job.distributed import search_path
 from job.fitness.facts import Answer, Data, Disk, Gpus
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -149,18 +150,11 @@ def cores(ranks: int, available: int) -> Check:
 
 def threads(setting: str | None, ranks: int, available: int) -> Check:
     """``setting`` is the user's OMP_NUM_THREADS, None if there is none."""
-    share = max(1, available // ranks)
-    remedy = f"unset it, and each rank takes {share}, its share of the cores"
-    if setting is None:
-        return Check(
-            "threads", "ok", f"OMP_NUM_THREADS is not set: each rank takes {_count(share, 'thread')}, one an operator"
-        )
-    if not re.fullmatch(r"[1-9]\d{0,5}", setting):
-        return Check("threads", "warn", f"OMP_NUM_THREADS={setting} is not a number of threads", remedy)
-    message = f"OMP_NUM_THREADS={setting} for {_count(ranks, 'rank')} on {_count(available, 'core')}"
-    if int(setting) > share:
-        return Check("threads", "warn", f"{message}: the threads get in one another's way", remedy)
-    return Check("threads", "ok", message)
+    share = _count(max(1, available // ranks), "core")
+    if setting in (None, "1"):
+        return Check("threads", "ok", f"one an operator; each rank computes shards side by side, on {share}")
+    message = f"OMP_NUM_THREADS={setting} is not obeyed: an operator takes one thread, or its bits would depend on it"
+    return Check("threads", "warn", message, f"unset it; each rank computes shards side by side, on {share}")
 
 
 def shared_memory(shm: Disk, ranks: int, on_gpus: bool) -> Check:
@@ -366,12 +360,10 @@ def nccl(answer: Answer) -> Check:
 
 
 def hiding(found: Sequence[str]) -> Check:
-    """``found`` as of :func:`job.fitness.facts.hiding`."""
+    """``found`` as of :func:`job.distributed.search_path.hiding`."""
     if found:
-        told = "; ".join(found)
-        variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if f"(of {name})" in told]
-        remedy = f"unset {' '.join(variables)}; the launchers in launch/ leave such folders out by themselves"
-        return Check("search paths", "fail", f"{told}, and hides what .venv holds", remedy)
+        message = f"{'; '.join(found)}, and hides what .venv holds"
+        return Check("search paths", "fail", message, search_path.remedy(found))
     return Check("search paths", "ok", "nothing hides a package of .venv")
 
 

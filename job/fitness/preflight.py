@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from job.config import Config
-from job.distributed.placement import cores, placement
+from job.distributed.placement import asked_threads, cores, placement
 from job.errors import JobError, UsageError
 from job.fitness import checks, facts
 from job.fitness.checks import Check
@@ -25,7 +25,7 @@ def check(config: Config) -> list[Check]:
     gpus = facts.Gpus() if device == "cpu" else facts.gpus()
     gpu = checks.gpu(gpus, checks.has_gpu_wheel(facts.packages()), device)
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
-    threads = checks.threads(os.environ.get("OMP_NUM_THREADS"), ranks, cores())
+    threads = checks.threads(asked_threads(), ranks, cores())
     compiler = checks.compiler(os.environ.get("NUMBA_DISABLE_JIT"))
     found = [gpu, checks.cores(ranks, cores()), threads, compiler]
     if on_gpus:

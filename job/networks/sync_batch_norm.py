@@ -69,8 +69,8 @@ class Group:
         self.unanswered: dict[str, set[int]] = {}  # by layer: numbers of the forwards whose backward is still to come
         self._name = self.key.rpartition(".")[0]  # the same on all ranks
         _GROUPS[self.key] = self
-        # What is still queued when a script ends would need Python and the other ranks when there are none any more, and
-        # abort or hang. This is registered after the hooks of MXNet and of Horovod, and so runs before them.
+        # What is still queued when a script ends needs Python and the other ranks: without them it aborts or hangs.
+        # This is registered after the hooks of MXNet and of Horovod, and so runs before them.
         atexit.register(mx.nd.waitall)
 
     def total(self, name: str, rows: np.ndarray) -> np.ndarray:

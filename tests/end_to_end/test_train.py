@@ -175,6 +175,22 @@ def test_under_horovodrun_a_bad_config_is_told_once(tmp_path: Path) -> None:
     assert output.count("train.epochs") == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("launcher", [["--gloo"], []], ids=["gloo", "mpi"])
+def test_a_user_whom_the_machine_does_not_know_trains_without_a_home(tmp_path: Path, launcher: list[str]) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own are root's alone
+        folder.chmod(0o777)
+    # The capability only opens what is root's alone here, such as the folder of this Python.
+    caps = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    stranger = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", *caps]
+    nobody = ["env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME", f"TMPDIR={tmp_path}"]
+    local = [str(ROOT / "launch" / "local.sh"), "-np", "2", *launcher, *synthetic.write(tmp_path / "data")]
+    done = user_runs([*stranger, *nobody, *local, "train.max_steps=2", "run.dir=run"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert (tmp_path / "run" / "summary.json").stat().st_uid == 12345
+
+
 def test_missing_data_is_one_message_that_says_how_to_mend_it(tmp_path: Path) -> None:
     command = ["python", str(ROOT / "job" / "train.py"), *SMOKE, "run.dir=run", "data.dir=nowhere"]
     done = user_runs(command, tmp_path)

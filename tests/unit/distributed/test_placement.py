@@ -11,7 +11,7 @@ import pytest
 
 from job.distributed import placement as placement_module
 from job.distributed.comm import connect
-from job.distributed.placement import Placement, cores, placement, share_cores
+from job.distributed.placement import Placement, asked_threads, cores, placement, share_cores
 from job.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,6 +39,7 @@ def announce(monkeypatch: pytest.MonkeyPatch, variables: dict[str, int]) -> None
 def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None = None) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(placement_module, "cpu_quota", lambda: quota)
+    monkeypatch.setenv("JOB_ASKED_OMP_NUM_THREADS", "to be restored")
     for name in ("OMP_NUM_THREADS", "MXNET_CPU_WORKER_NTHREADS", "MXNET_CPU_TEMP_COPY", "OMPI_MCA_mpi_yield_when_idle"):
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
@@ -107,27 +108,21 @@ def first_words(**variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("setting", ["auto", "0", "-1", "1.5", "four", "auto,2", "99999999"])
-def test_a_number_of_threads_that_is_none_is_refused_before_anything_can_crash_on_it(setting: str) -> None:
-    code, said = first_words(OMP_NUM_THREADS=setting)
-    assert code == 2
-    assert said.startswith(f"error: OMP_NUM_THREADS={setting} is not a number of threads; unset it")
-    assert len(said.splitlines()) == 1
-
-
 def test_a_launchers_variable_that_is_no_number_is_refused_with_its_name() -> None:
     code, said = first_words(HOROVOD_SIZE="two")
     assert (code, said) == (2, "error: HOROVOD_SIZE=two is not a number; a launcher sets it: unset it\n")
 
 
-@pytest.mark.parametrize(("setting", "number"), [("4,2", "4"), (" 3 ", "3"), ("", "1"), ("007", "7")])
-def test_what_openmp_reads_as_a_number_of_threads_is_one(
-    monkeypatch: pytest.MonkeyPatch, setting: str, number: str
+@pytest.mark.parametrize("setting", ["8", "4,2", "", "auto", "0", "-1", "99999999"])
+def test_an_operator_takes_one_thread_whatever_the_environment_says_and_what_it_says_is_known(
+    monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
     with_cores(monkeypatch, 2)
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    monkeypatch.setenv("MXNET_OMP_MAX_THREADS", "2")
     share_cores()
-    assert os.environ["OMP_NUM_THREADS"] == number
+    assert os.environ["OMP_NUM_THREADS"] == "1" and "MXNET_OMP_MAX_THREADS" not in os.environ
+    assert asked_threads() == (setting or None)
 
 
 @pytest.mark.parametrize(("cores", "own"), [(16, "4"), (6, "1"), (2, "1")], ids=["even", "uneven", "too few"])
@@ -165,12 +160,11 @@ def test_a_containers_share_of_the_cores_counts_not_those_of_its_host(
     assert threads() == ("1", str(usable))
 
 
-def test_the_users_own_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_number_of_workers_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, HOROVODRUN)
     with_cores(monkeypatch, 16)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("MXNET_CPU_WORKER_NTHREADS", "5")
     monkeypatch.setenv("MXNET_CPU_TEMP_COPY", "7")
     share_cores()
-    assert threads() == ("3", "5")
+    assert threads() == ("1", "5")
     assert os.environ["MXNET_CPU_TEMP_COPY"] == "7"

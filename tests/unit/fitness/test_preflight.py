@@ -135,7 +135,7 @@ def test_a_driver_that_is_old_is_told_and_one_that_is_too_old_is_an_error(node: 
         assert refused.value.exit_code == code
 
 
-def test_threads_of_the_users_own_that_crowd_the_cores_are_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_a_site_that_are_not_obeyed_are_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node(ranks=4, cores=8)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert names(load_config()) == ["threads"]
@@ -144,8 +144,9 @@ def test_threads_of_the_users_own_that_crowd_the_cores_are_told(node: Node, monk
 def test_the_share_that_training_gives_each_rank_crowds_nobody(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node(ranks=3, cores=8)
     monkeypatch.setattr(placement, "cores", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", "to be restored")
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name in ("OMP_NUM_THREADS", "JOB_ASKED_OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
     placement.share_cores()
     assert names(load_config()) == []
 

@@ -164,11 +164,13 @@ def test_every_rank_gets_the_place_that_horovods_own_launcher_gives_it(counts: l
 
 
 def test_a_slurm_task_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MXNET_CPU_WORKER_NTHREADS", raising=False)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
-    assert rank.rank_environment(rank.read_task(SLURM), 2, 0)["OMP_NUM_THREADS"] == "6"
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert rank.rank_environment(rank.read_task(SLURM), 2, 0)["OMP_NUM_THREADS"] == "3"
+    variables = rank.rank_environment(rank.read_task(SLURM), 2, 0)
+    assert variables["MXNET_CPU_WORKER_NTHREADS"] == "6"
+    assert "OMP_NUM_THREADS" not in variables  # threads of one operator would change its bits
+    monkeypatch.setenv("MXNET_CPU_WORKER_NTHREADS", "3")
+    assert rank.rank_environment(rank.read_task(SLURM), 2, 0)["MXNET_CPU_WORKER_NTHREADS"] == "3"
 
 
 def test_the_interface_towards_this_machine_is_the_loopback() -> None:
