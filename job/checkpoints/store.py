@@ -248,6 +248,9 @@ def decode_arrays(content: bytes) -> dict[str, np.ndarray]:
     return {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(content).items()}
 
 
+_NOT_FINITE = [{"float": word} for word in ("nan", "inf", "-inf")]
+
+
 def encode_state(state: Mapping[str, Any]) -> bytes:
     """As JSON, which has no NaN and no infinity: such a number x is the object ``{"float": "x"}``."""
     return json.dumps(_spelled(state), allow_nan=False).encode()
@@ -256,7 +259,7 @@ def encode_state(state: Mapping[str, Any]) -> bytes:
 def decode_state(content: bytes) -> dict[str, Any]:
     """What :func:`encode_state` made, now or in an earlier version that wrote the bare word NaN."""
     state: dict[str, Any] = json.loads(
-        content, object_hook=lambda held: float(held["float"]) if held.keys() == {"float"} else held
+        content, object_hook=lambda held: float(held["float"]) if held in _NOT_FINITE else held
     )
     return state
 

@@ -99,7 +99,7 @@ def test_another_learner_goes_on_bit_for_bit(optimizer: dict[str, Any], steps: i
 def test_the_order_of_the_arrays_does_not_depend_on_how_many_networks_there_were_before() -> None:
     orders = set()
     for _ in range(6):  # the numbers in Gluon's names grow, and pass from 9 to 10 if no test has been before
-        state = build(dense_batch_norm=True, momentum=0.9)
+        state = build(ModelConfig(dense_batch_norm=True), momentum=0.9)
         take(state, 1)
         orders.add(tuple(state.state_dict()[0]))
     assert len(orders) == 1
