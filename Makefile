@@ -12,7 +12,7 @@ uv_version := 0.13.9# pinned, so that two people's locks differ only by what cha
 lock := pip compile --quiet --upgrade --universal --python-version 3.9 --no-python-downloads --generate-hashes \
 	--custom-compile-command 'make lock' pyproject.toml
 
-.PHONY: help setup train test test-slow test-faults test-browser test-cluster test-slurm image-test doctor kubernetes bench \
+.PHONY: help setup train test test-slow test-faults test-browser test-cluster test-slurm image-test doctor kubernetes bench bench-peers \
 	tensorboard screenshots docs lint lock clean
 
 help: ## this list
@@ -55,6 +55,9 @@ bench: setup ## measure what SyncBatchNorm, a checkpoint, TensorBoard and a star
 	@.venv/bin/python -m benchmarks.checkpoint_cost
 	@.venv/bin/python -m benchmarks.tensorboard_cost
 	@.venv/bin/python -m benchmarks.start_up
+
+bench-peers: setup ## this project beside PyTorch DDP, Flax, Horovod's recipe and the tutorial (needs a package index; 15 minutes)
+	@PATH=$(CURDIR)/.venv/bin:$$PATH python -m benchmarks.compare $(ARGS)
 
 tensorboard: setup ## show all runs under runs/ in a browser, at the address that it prints (ARGS="--port 6007")
 	@[[ -d runs ]] || { echo "runs/ is not there yet; \`make train\` makes the first run" >&2; exit 2; }

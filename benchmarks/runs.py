@@ -51,6 +51,13 @@ def run(name: str, ranks: int, overrides: Sequence[str], threads: int | None = N
     return Run(json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines])
 
 
+def launcher_of(ranks: int, options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command by which ``launch/local.sh`` starts ranks, without what they run."""
+    dry_run = [LOCAL, "-np", str(ranks), *options, "--dry-run"]
+    shown = subprocess.run(dry_run, env=environment, capture_output=True, text=True, check=True).stdout
+    return shlex.split(shown.partition(" python ")[0])
+
+
 def as_ranks(
     module: str, ranks: int, arguments: Sequence[str], options: Sequence[str] = (), settings: Mapping[str, str] = {}
 ) -> list[str]:
@@ -66,11 +73,8 @@ def as_ranks(
     Returns:
         What stood after ``row:`` in each line of the output that had it.
     """
-    path = f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, **settings, "PATH": path}
-    dry_run = [LOCAL, "-np", str(ranks), *options, "--dry-run"]
-    shown = subprocess.run(dry_run, env=environment, capture_output=True, text=True, check=True).stdout
-    launcher = shlex.split(shown.partition(" python ")[0])
+    environment = {**os.environ, **settings, "PATH": f"{ROOT}/.venv/bin{os.pathsep}{os.environ['PATH']}"}
+    launcher = launcher_of(ranks, options, environment)
     command = [*launcher, sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     rows = [line.split("row:")[1] for line in done.stdout.splitlines() if "row:" in line]

@@ -21,6 +21,7 @@ if placement().size > 1:  # not the process that launches the ranks, which would
 import mxnet as mx
 import numpy as np
 
+from benchmarks.intervals import ratio
 from benchmarks.runs import as_ranks
 from job.config import load_config
 from job.data import idx
@@ -78,10 +79,8 @@ def _measure(comm: Comm) -> None:
 def _row(step_ms: np.ndarray) -> str:
     """Medians and their ratio, from milliseconds (turns, 2) without and with SyncBatchNorm."""
     local, synchronized = np.median(step_ms, axis=0)
-    draws = np.random.default_rng(0).integers(len(step_ms), size=(2000, len(step_ms)))
-    drawn = np.median(step_ms[draws], axis=1)
-    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [5, 95])
-    return f"| {local:.1f} | {synchronized:.1f} | {synchronized / local:.3f} | {low:.2f} to {high:.2f} |"
+    value, low, high = ratio(step_ms[:, 1], step_ms[:, 0])
+    return f"| {local:.1f} | {synchronized:.1f} | {value:.3f} | {low:.2f} to {high:.2f} |"
 
 
 def _learner(comm: Comm, synchronized: bool) -> Learner:
