@@ -20,9 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from job.distributed.placement import placement, share_cores
+from job.distributed.placement import share_cores
 
-if placement().size > 1:  # not the process that launches the ranks, which would hand all cores on to each of them
+if sys.argv[1:] == ["rank"]:  # not the process that launches the ranks, which would hand all cores on to each
     share_cores()
 
 import numpy as np
@@ -132,7 +132,7 @@ def step(network: Network, ranks: int, shards: int, compute: float, way: Any, gr
 
 def main(arguments: list[str]) -> None:
     """As rank, measure; otherwise what was asked for."""
-    if placement().size > 1 or arguments[:1] == ["rank"]:
+    if arguments == ["rank"]:
         _measure_rank()
         return
     if not arguments or "measure" in arguments:
@@ -142,14 +142,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure() -> None:
+    RESULT.parent.mkdir(exist_ok=True)
     found: dict[str, Any] = {"MPI": {}, "Gloo": {}}
     for way, options in (("MPI", []), ("Gloo", ["--gloo"])):
         for ranks in (1, 2, 4, 8):
             (row,) = as_ranks("benchmarks.scaling", ranks, ["rank"], options)
             found[way][ranks] = json.loads(row)
             print(f"{way}, {ranks} ranks: {row}", file=sys.stderr, flush=True)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+            RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _measure_rank() -> None:
