@@ -36,7 +36,8 @@ def ranks_of(job: Job) -> list[psutil.Process]:
 
 
 def test_two_tasks_on_one_node_train_and_no_secret_reaches_them(slurm: Slurm, data: list[str]) -> None:
-    job = slurm.submit([], [*data, "train.epochs=3"], A_TOKEN="secret", LANG="C.UTF-8")
+    passed = {"LANG": "C.UTF-8", "NCCL_DEBUG": "WARN", "TZ": "UTC", "https_proxy": "http://proxy"}
+    job = slurm.submit([], [*data, "train.epochs=3"], A_TOKEN="secret", **passed)
     job.wait_for_line("step 2/")
     environments = [process.environ() for process in ranks_of(job)]
     facts = job.wait_for_end()
@@ -46,7 +47,7 @@ def test_two_tasks_on_one_node_train_and_no_secret_reaches_them(slurm: Slurm, da
     assert train_steps(job) == list(range(1, 19))
     assert sorted(environment["HOROVOD_LOCAL_RANK"] for environment in environments) == ["0", "1"]
     for environment in environments:
-        assert environment["LANG"] == "C.UTF-8"
+        assert passed.items() <= environment.items()
         assert "secret" not in environment.values()
 
 
@@ -64,6 +65,26 @@ def test_a_job_told_of_its_time_limit_is_requeued_and_ends_as_if_never_stopped(s
     assert 8 <= stopped_at < 90
     assert train_steps(job) == list(range(1, 91))
     assert json.loads((job.run_dir / "summary.json").read_text())["ranks"] == 2
+
+
+def test_the_elements_of_an_array_each_train_and_the_last_one_alone_comes_back(slurm: Slurm, data: list[str]) -> None:
+    options = ["--array=0-1", "--ntasks-per-node=1", "--cpus-per-task=2"]
+    array = slurm.submit(options, [*data, "train.epochs=15", "checkpoint.every_steps=null"])
+    first, last = (Job(slurm, f"{array.number}_{index}") for index in range(2))
+    last.wait_for_line("step 8/")
+    number = last.facts()["JobId"]
+    assert number == array.number  # the number of the whole array
+    workers = {process.environ()["MXNET_CPU_WORKER_NTHREADS"] for process in ranks_of(Job(slurm, number))}
+    assert workers == {"2"}  # the cores that Slurm gives a task
+    slurm.command("scancel", "--signal=USR1", "--batch", last.number)
+    facts = last.wait_for_end()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), last.log
+    assert f"job {last.number} is queued again" in last.log
+    facts = first.wait_for_end()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), first.log
+    folders = [Job(slurm, job.facts()["JobId"]).run_dir for job in (first, last)]
+    one, other = (json.loads((folder / "summary.json").read_text())["weights_sha256"] for folder in folders)
+    assert one == other
 
 
 def test_slurms_own_time_limit_stops_with_a_checkpoint_and_a_cancelled_job_stays_cancelled(
