@@ -329,7 +329,7 @@ def main() -> None:
         file = RESULTS / f"peers_{mode}.json"
         if options.add and file.exists():
             before = json.loads(file.read_text())["seconds"]
-            seconds = {name: before.get(name, []) + values for name, values in seconds.items()}
+            seconds = {name: before.get(name, []) + seconds.get(name, []) for name in {**before, **seconds}}
         file.write_text(json.dumps({"machine": machine(), "seconds": seconds}, indent=1) + "\n")
         print("\n".join(["", *table(mode, seconds)]), flush=True)
     stored = {mode: RESULTS / f"peers_{mode}.json" for mode in TURNS}
