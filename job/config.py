@@ -273,7 +273,7 @@ class OptimizerConfig(Section):
     def _fits_float32(cls, value: Any) -> Any:
         """MXNet's operators take their numbers as float32, and refuse others in the middle of a run."""
         if isinstance(value, float) and value and not 1e-30 <= value <= 1e30:
-            raise ValueError("MXNet computes with float32: input should be between 1e-30 and 1e30")
+            raise ValueError("input should be between 1e-30 and 1e30, as MXNet computes with float32")
         return value
 
     @model_validator(mode="after")
