@@ -66,6 +66,10 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         run_dir.check(config)
         resume.check(config, placement().size)
     warnings = preflight.check(config) if placement().local_rank == 0 else []
+    if not config.model.is_tutorial and placement().rank == 0:
+        from job.networks.check import check  # only now, for it imports MXNet
+
+        check(config.model)
     if options.check:  # silent about warnings: the run that is to follow tells them
         print(config.to_yaml(), end="")
         sys.exit(0)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, List, Literal, Optional, get_args, get_origin  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
+from typing import Any, Dict, List, Literal, Optional, get_args, get_origin  # noqa: UP035  (pydantic evaluates annotations, also on Python 3.9)
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -74,7 +74,16 @@ def _as_typed(value: Any) -> Any:
 def _is_text(annotation: Any) -> bool:
     """Whether a field holds text, a path, or a list of texts."""
     kinds = get_args(annotation) or (annotation,)
-    return any(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
+    return get_origin(annotation) is not dict and any(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` of numbers that have forgotten how they were typed."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, _Int) else float(value) if isinstance(value, _Float) else value
 
 
 def _path(value: Any) -> Any:
@@ -241,7 +250,13 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: Literal["tutorial", "tutorial_without_batch_norm"] = Field("tutorial", description="network")
+    name: str = Field(
+        "tutorial",
+        description="tutorial, tutorial_without_batch_norm, a name of MXNet's model zoo, or FILE.py:FUNCTION",
+    )
+    options: Dict[str, Any] = Field(  # noqa: UP006
+        {}, description="arguments of a network of the zoo or of your own, by name"
+    )
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of weights and activations; float64 takes twice as long"
     )
@@ -250,9 +265,29 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
-        if self.dense_batch_norm and self.name == "tutorial_without_batch_norm":
-            raise ValueError("dense_batch_norm=true contradicts name=tutorial_without_batch_norm")
+        if self.dense_batch_norm and self.name != "tutorial":
+            raise ValueError(f"dense_batch_norm=true contradicts name={self.name}; it is for name=tutorial")
+        if self.is_tutorial and self.options:
+            raise ValueError(f"options are for networks of the zoo or of your own; name={self.name} takes none")
         return self
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_network(cls, value: str) -> str:
+        file, colon, function = value.rpartition(":")
+        if colon and not (file.endswith(".py") and function.isidentifier()):
+            raise ValueError("input should be FILE.py:FUNCTION, such as networks/mine.py:small, or a name")
+        return str(_path(file)) + ":" + function if colon else value
+
+    @field_validator("options")
+    @classmethod
+    def _plain_values(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {str(name): _plain(item) for name, item in value.items()}
+
+    @property
+    def is_tutorial(self) -> bool:
+        """Whether it is a network of this project, about which there is nothing to find out."""
+        return self.name in ("tutorial", "tutorial_without_batch_norm")
 
 
 class OptimizerConfig(Section):
@@ -524,6 +559,7 @@ is 2. `python job/train.py --check [arguments]` prints the configuration that a 
 """
 _TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
 _LISTS = {str: "list of texts", float: "list of numbers"}
+_NAMED = "names and values, such as `{layers: 3}`"
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -550,6 +586,8 @@ def _takes(field: Any) -> str:
     """Type and limits, in words: ``whole number, at least 1, or null``."""
     if choices_of(field):
         return ", ".join(f"`{choice}`" for choice in choices_of(field))
+    if get_origin(field.annotation) is dict:
+        return _NAMED
     kinds = getattr(field.annotation, "__args__", (field.annotation,))
     is_list = getattr(field.annotation, "__origin__", None) is list
     limits = [

@@ -64,7 +64,7 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
 def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) -> Learner:
     """The network with weights that follow from the seed, and its optimizer."""
     seed_everything(config.run.seed)
-    net = models.build(config.model, len(about.classes))
+    net = models.build(config.model, len(about.classes), about.shape)
     models.initialize(net, ctx, config.model.dtype, about.shape)
     return Learner(net, comm, Feed(ctx, config.model.dtype, about), config)
 

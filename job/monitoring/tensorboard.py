@@ -284,7 +284,7 @@ def session_start(config: Config, ranks: int) -> plugin_data_pb2.SessionStartInf
 def _compared() -> Iterator[tuple[str, Any]]:
     """The keys that runs are compared by: those that change what is learned, and are one value."""
     compared = ((key, field) for key, field in fields() if key.startswith(_COMPARED))
-    return ((key, field) for key, field in compared if get_origin(field.annotation) is not list)
+    return ((key, field) for key, field in compared if get_origin(field.annotation) not in (list, dict))
 
 
 def _kind(annotation: Any) -> int:

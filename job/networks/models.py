@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+
 import mxnet as mx
-from mxnet import init
+from mxnet import gluon, init
 from mxnet.gluon import nn
 
 from job.config import ModelConfig
+from job.networks import others
 
 CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
 
 
-def build(model: ModelConfig, classes: int = CLASSES) -> nn.HybridSequential:
-    """The network that ``model`` names, uninitialized: of (N, channels, height, width) it makes (N, classes)."""
+def build(model: ModelConfig, classes: int = CLASSES, shape: tuple[int, int, int] = IMAGE_SHAPE) -> gluon.HybridBlock:
+    """The network that ``model`` names, uninitialized: of (N, channels, height, width) it makes (N, classes).
+
+    Raises:
+        UsageError: there is no such network, or it cannot be made with these options.
+    """
+    if not model.is_tutorial:
+        return others.build(model, classes, shape)
     return tutorial(model.name == "tutorial", model.dense_batch_norm, classes)
 
 
@@ -42,11 +51,13 @@ def tutorial(batch_norm: bool = True, dense_batch_norm: bool = False, classes: i
 
 
 def initialize(
-    net: nn.HybridSequential, ctx: mx.Context, dtype: str = "float32", shape: tuple[int, int, int] = IMAGE_SHAPE
+    net: gluon.HybridBlock, ctx: mx.Context, dtype: str = "float32", shape: tuple[int, int, int] = IMAGE_SHAPE
 ) -> None:
-    """Draw the weights from Normal(0, 0.01), the tutorial's choice."""
+    """Draw the weights from Normal(0, 0.01), the tutorial's choice. What is initialized already stays as it is."""
     net.cast(dtype)
-    net.initialize(init.Normal(sigma=0.01), ctx=ctx)
+    with warnings.catch_warnings():  # of parameters that are initialized
+        warnings.simplefilter("ignore")
+        net.initialize(init.Normal(sigma=0.01), ctx=ctx)
     net.hybridize(static_alloc=True, static_shape=True)  # first: SyncBatchNorm refuses to be traced for another plan
     # The shapes that Gluon defers are worked out, not tried: inference on a CPU reorders weights where they lie.
     net.infer_shape(mx.nd.zeros((1, *shape), ctx=ctx, dtype=dtype))

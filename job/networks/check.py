@@ -1,0 +1,47 @@
+"""What can be known of a network before it is trained, without computing anything with it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import mxnet as mx
+
+from job.config import ModelConfig
+from job.distributed.comm import Comm
+from job.errors import UsageError
+from job.networks import models
+from job.networks.others import said
+from job.networks.shards import write_sharded
+from job.networks.sync_batch_norm import Group
+
+
+def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, int, int] = models.IMAGE_SHAPE) -> None:
+    """Build the network, trace it, and follow the shapes through it.
+
+    Raises:
+        UsageError: it cannot be built, hybridized or sharded, or does not turn such images into (N, classes).
+    """
+    net = models.build(model, classes, shape)
+    size = f"{shape[1]}x{shape[2]} with {shape[0]} channel{'s' * (shape[0] > 1)}"
+    try:
+        net.hybridize()
+        symbol = net(mx.sym.var("data"))
+    except Exception as error:
+        raise UsageError(f"model.name={model.name}: cannot be hybridized: {said(error)}") from None
+    if not isinstance(symbol, mx.sym.Symbol) or len(symbol.list_outputs()) != 1:
+        raise UsageError(f"model.name={model.name}: gives several outputs, and one of shape (N, {classes}) is needed")
+    try:
+        write_sharded(symbol, 1, Group(Comm(), range(1), 1))
+    except UsageError as error:
+        raise UsageError(f"model.name={model.name}: {error}") from None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where MXNet lists the arguments of what it refuses
+            _, (found,), _ = symbol.infer_shape(data=(2, *shape))
+    except Exception as error:
+        raise UsageError(f"model.name={model.name}: takes no images of {size}: {said(error)}") from None
+    if found != (2, classes):
+        raise UsageError(
+            f"model.name={model.name}: makes (N, {', '.join(map(str, found[1:]))}) of images of {size}, and"
+            f" (N, {classes}) is needed, a number for each class"
+        )
