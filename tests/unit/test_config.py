@@ -285,7 +285,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
 
 def test_all_problems_are_told_in_one_message(tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
-    file.write_text("train: {epochs: 0, epoch: 1}\nmodel: {name: resnet}\noptimizer: {nesterov: true}")
+    file.write_text("train: {epochs: 0, epoch: 1}\nmodel: {name: net.txt:f}\noptimizer: {nesterov: true}")
     message = complaint(file, ["run.seed=-1"])
     for key in ("train.epochs", "train.epoch:", "model.name", "nesterov", "run.seed"):
         assert key in message
