@@ -12,7 +12,7 @@ from job import run_dir
 from job.checkpoints import resume
 from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, from_home, load_config, written
 from job.distributed.placement import placement
-from job.errors import UsageError
+from job.errors import DataError, UsageError
 from job.fitness import preflight
 
 _DESCRIPTION = """Train a Gluon network with BatchNorm on Fashion-MNIST, on any number of ranks.
@@ -66,16 +66,31 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         run_dir.check(config)
         resume.check(config, placement().size)
     warnings = preflight.check(config) if placement().local_rank == 0 else []
-    if not config.model.is_tutorial and placement().rank == 0:
-        from job.networks.check import check  # only now, for it imports MXNet
-
-        check(config.model)
+    if placement().rank == 0:
+        _check_network(config)
     if options.check:  # silent about warnings: the run that is to follow tells them
         print(config.to_yaml(), end="")
         sys.exit(0)
     if placement().rank == 0:
         preflight.tell(warnings)
     return config
+
+
+def _check_network(config: Config) -> None:
+    """Of the project's own network for the project's own data there is nothing to find out."""
+    if config.model.is_tutorial and config.data.format == "idx":
+        return
+    from job.data import formats  # only now, for they import numpy and MXNet
+    from job.networks.check import check
+
+    if config.data.format == "idx":
+        check(config.model)
+    else:
+        try:
+            about = formats.load(config.data).about
+        except DataError as error:  # which nobody has to start ranks for
+            raise UsageError(str(error)) from None
+        check(config.model, len(about.classes), about.shape)
 
 
 def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:

@@ -194,7 +194,15 @@ class Sha256Config(Section):
 
 
 class DataConfig(Section):
-    dir: Optional[Path] = Field(None, description="folder with the four IDX files, .gz or not; null: fetch them")
+    format: Literal["idx", "folder"] = Field(
+        "idx", description="idx: Fashion-MNIST or files like its; folder: pictures in train/CLASS/ and test/CLASS/"
+    )
+    image_size: Optional[int] = Field(
+        None, ge=1, le=4096, description="folder: side of the square that all are brought to; null: all alike"
+    )
+    dir: Optional[Path] = Field(
+        None, description="folder with the four IDX files, .gz or not, or pictures; null: fetch"
+    )
     cache_dir: Path = Field(
         default_factory=lambda: _cache_home() / "horovod-gluon-job" / "fashion-mnist",
         description="folder for fetched data, shared by all runs",
@@ -236,8 +244,21 @@ class DataConfig(Section):
             return {**values, "global_batch": None}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pictures_have_no_known_digest(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("format") == "folder" and not values.get("sha256"):
+            return {**values, "sha256": dict.fromkeys(Sha256Config.model_fields, "any")}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        if self.format == "folder" and self.dir is None:
+            raise ValueError("format=folder needs data.dir, the folder that holds train/ and test/")
+        if self.format == "folder" and {*self.sha256.model_dump().values()} != {"any"}:
+            raise ValueError("format=folder has no checksums; leave data.sha256 out")
+        if self.format != "folder" and self.image_size is not None:
+            raise ValueError("image_size is for format=folder")
         if self.global_batch is None and self.batch_per_rank is None:
             raise ValueError("global_batch and batch_per_rank are both null; give one of them")
         if self.dir is None and "any" in self.sha256.model_dump().values():

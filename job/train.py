@@ -33,7 +33,7 @@ from job import run_dir
 from job.checkpoints.resume import open_checkpoints
 from job.checkpoints.state import RunState
 from job.config import Config
-from job.data import idx
+from job.data import formats
 from job.data.dataset import Dataset, Description
 from job.data.sampler import Sampler, own_shards
 from job.distributed.comm import Comm, connect, peer_errors
@@ -52,7 +52,7 @@ from job.training.schedule import Schedule, peak_learning_rate
 def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
     """The data, once every node has it; how it is cut into batches; and the configuration with the shards of these."""
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
-        dataset = idx.load(config.data)
+        dataset = formats.load(config.data)
         comm.barrier("data")
     if comm.rank == 0:
         run_dir.write_whole(config.run.dir / run_dir.DATASET, dataset.about.to_json())
@@ -84,7 +84,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
 
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
-        checkpoints = stack.enter_context(open_checkpoints(config, comm, idx.digests(config.data, dataset)))
+        checkpoints = stack.enter_context(open_checkpoints(config, comm, formats.digests(config.data, dataset)))
         checkpoints.resume(state)
         subject = Subject(config, learner, dataset.test)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))

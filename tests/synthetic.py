@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 TRAIN, TEST = 600, 200
 
@@ -21,3 +22,22 @@ def write(folder: Path, seed: int = 0) -> list[str]:
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, count) + labels.tobytes())
     files = ("train_images", "train_labels", "test_images", "test_labels")
     return [f"data.dir={folder}", *(f"data.sha256.{file}=any" for file in files), "data.global_batch=100"]
+
+
+def coloured(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, 3, 32, 32), and labels (n,) of the classes blue, green and red in turn."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    pixels = random.integers(0, 128, (count, 3, 32, 32))
+    pixels[np.arange(count), 2 - labels] += 100
+    return pixels.astype(np.uint8), labels
+
+
+def write_pictures(folder: Path, train: int = 120, test: int = 30) -> list[str]:
+    """Write them as PNG into train/CLASS/ and test/CLASS/, and return the overrides that make a run use them."""
+    for count, part, seed in ((train, "train", 1), (test, "test", 2)):
+        for number, (pixels, label) in enumerate(zip(*coloured(count, seed))):
+            path = folder / part / ("blue", "green", "red")[label] / f"{number:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    return ["data.format=folder", f"data.dir={folder}", "data.global_batch=24"]

@@ -119,12 +119,27 @@ def test_the_default_run_is_one_run_at_1_to_5_ranks_over_gloo_and_mpi(run_ranks:
         assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides, controller) == alone, (ranks, controller)
 
 
-@pytest.mark.parametrize("network", [f"{__file__}:with_dropout", "resnet18_v1", "mobilenet_v2_0_25"])
+@pytest.mark.parametrize(
+    "network", [f"{__file__}:with_dropout", "resnet18_v1", pytest.param("mobilenet_v2_0_25", marks=pytest.mark.slow)]
+)
 def test_networks_of_others_learn_the_same_at_any_number_of_ranks(run_ranks: Any, tmp_path: Path, network: str) -> None:
     overrides = [*synthetic.write(tmp_path / "data"), *SHORT, "train.max_steps=3", f"model.name={network}"]
     alone = outcome(run_ranks, tmp_path / "1", 1, overrides)
     for ranks in (2, 4):
         assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides) == alone, ranks
+
+
+@pytest.mark.parametrize("network", [f"{__file__}:with_dropout", pytest.param("resnet18_v1", marks=pytest.mark.slow)])
+def test_pictures_in_folders_are_one_run_at_any_number_of_ranks_also_when_cut_off(
+    run_ranks: Any, tmp_path: Path, network: str
+) -> None:
+    overrides = [*synthetic.write_pictures(tmp_path / "data"), *SHORT, "train.epochs=1", f"model.name={network}"]
+    overrides.append("checkpoint.every_steps=1")
+    alone = outcome(run_ranks, tmp_path / "1", 1, overrides)
+    for ranks in (2, 3):
+        assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides) == alone, ranks
+    run_ranks(cut_off, 2, folder=str(tmp_path / "cut"), overrides=overrides, step=3)
+    assert outcome(run_ranks, tmp_path / "cut", 1, overrides, resume="auto") == alone
 
 
 @pytest.mark.fault(6)
