@@ -195,10 +195,10 @@ class Sha256Config(Section):
 
 class DataConfig(Section):
     format: Literal["idx", "folder"] = Field(
-        "idx", description="idx: Fashion-MNIST or files like its; folder: pictures in train/CLASS/ and test/CLASS/"
+        "idx", description="IDX files like Fashion-MNIST's, or pictures in train/CLASS/"
     )
     image_size: Optional[int] = Field(
-        None, ge=1, le=4096, description="folder: side of the square that all are brought to; null: all alike"
+        None, ge=1, le=4096, description="folder: side of the square that all become; null: all are alike"
     )
     dir: Optional[Path] = Field(
         None, description="folder with the four IDX files, .gz or not, or pictures; null: fetch"
