@@ -282,6 +282,9 @@ class ModelConfig(Section):
         "float32", description="of weights and activations; float64 takes twice as long"
     )
     sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each shard's")
+    fuse_batch_norm: bool = Field(
+        True, description="on a CPU, compute BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
+    )
     dense_batch_norm: bool = Field(False, description="BatchNorm on the dense layer too (the tutorial's exercise)")
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
 Every array has the shape (N, C, S): all axes before the channel axis, the channels, all axes after it. Two classes do
 the same: :class:`PortablePasses` with MXNet operators on any device, :class:`CpuPasses` with compiled loops over the
-arrays' own memory. Per-channel vectors go in and come out as float64 numpy arrays of shape (C,).
+arrays' own memory; :mod:`job.networks.fused` has passes that do what follows a BatchNorm as well. Per-channel vectors
+(C,) go in as numpy arrays of the type that is computed in, and come out as float64.
 
 The passes subtract a ``center`` (C,) before they multiply, in the arrays' own precision: with values around 1e4, x * a
 + b would round away what (x - center) * a + b keeps.
@@ -11,7 +12,8 @@ The passes subtract a ``center`` (C,) before they multiply, in the arrays' own p
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+import math
+from typing import Any, Optional, Protocol
 
 import mxnet as mx
 import numpy as np
@@ -19,28 +21,45 @@ import numpy as np
 from job.networks.compiled import compiled
 
 Vector = np.ndarray
+Kept = Optional[np.ndarray]
 
 
 class Passes(Protocol):
-    """What SyncBatchNorm needs of a device."""
+    """What the operator of BatchNorm needs of a device. ``Any`` is an array as :meth:`view` returns it."""
 
-    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
+    def view(self, array: mx.nd.NDArray, axis: int) -> Any:
+        """The memory of an array whose channels are on ``axis``, as the passes take it: (N, C, S)."""
+
+    def read(self, array: mx.nd.NDArray) -> Vector:
+        """The values as float64."""
+
+    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
+        """Fill the array."""
+
+    def moments(self, x: Any) -> tuple[Vector, Vector]:
         """The mean of each channel, and the sum of squared deviations from it."""
 
-    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
-        """``out = (x - center) * scale + shift``."""
+    def affine(self, x: Any, center: Vector, scale: Vector, shift: Vector, out: Any) -> Kept:
+        """``out = (x - center) * scale + shift``. Returns what ``products`` and ``combine`` need to know of it."""
 
-    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+    def products(self, dy: Any, x: Any, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
         """The sums over each channel of ``dy`` and of ``dy * (x - center)``."""
 
-    def combine(
-        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
-    ) -> None:
+    def combine(self, dy: Any, x: Any, kept: Kept, center: Vector, a: Vector, b: Vector, c: Vector, out: Any) -> None:
         """``out = a * dy + b * (x - center) + c``."""
 
 
 class PortablePasses:
     """MXNet operators, in float32 (in float64 for float64 arrays), on the device of the arrays."""
+
+    def view(self, array: mx.nd.NDArray, axis: int) -> mx.nd.NDArray:
+        return array.reshape(flat_shape(array.shape, axis))
+
+    def read(self, array: mx.nd.NDArray) -> Vector:
+        return array.asnumpy().astype(np.float64)
+
+    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
+        array[:] = values
 
     def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
         x = _widened(x)
@@ -51,17 +70,26 @@ class PortablePasses:
         rest = _channel_sum(deviation) / count
         return rough + rest, _channel_sum(deviation.square()) - count * rest**2
 
-    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
+    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> Kept:
         x = _widened(x)
         y = mx.nd.broadcast_mul(mx.nd.broadcast_sub(x, _like(center, x)), _like(scale, x))
         out[:] = mx.nd.broadcast_add(y, _like(shift, x)).astype(out.dtype)
+        return None
 
-    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
         dy, x = _widened(dy), _widened(x)
         return _channel_sum(dy), _channel_sum(dy * mx.nd.broadcast_sub(x, _like(center, x)))
 
     def combine(
-        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
+        self,
+        dy: mx.nd.NDArray,
+        x: mx.nd.NDArray,
+        kept: Kept,
+        center: Vector,
+        a: Vector,
+        b: Vector,
+        c: Vector,
+        out: mx.nd.NDArray,
     ) -> None:
         dy, x = _widened(dy), _widened(x)
         deviation = mx.nd.broadcast_sub(x, _like(center, x))
@@ -82,34 +110,51 @@ def _channel_sum(x: mx.nd.NDArray) -> Vector:
 
 
 class CpuPasses:
-    """One compiled loop a pass, over the memory of float32 or float64 arrays in main memory."""
+    """One compiled loop a pass, over float32 or float64 arrays in main memory, as numpy sees them."""
 
-    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
+    def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
+        memory = host_view(array)
+        return memory.reshape(flat_shape(memory.shape, axis))
+
+    def read(self, array: mx.nd.NDArray) -> Vector:
+        return host_view(array).astype(np.float64)
+
+    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
+        host_view(array)[...] = values
+
+    def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
         loop = _moments_of_columns if x.shape[2] == 1 else _moments_of_rows
-        loop(host_view(x), mean, m2)
+        loop(x, mean, m2)
         return mean, m2
 
-    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> None:
-        source, target = host_view(x), host_view(out)
-        _affine(source, *_cast(source, center, scale, shift), target)
+    def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
+        _affine(x, center, scale, shift, out)
+        return None
 
-    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector) -> tuple[Vector, Vector]:
+    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
         sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-        source = host_view(x)
-        _products(host_view(dy), source, *_cast(source, center), sums, products)
+        _products(dy, x, center, sums, products)
         return sums, products
 
     def combine(
-        self, dy: mx.nd.NDArray, x: mx.nd.NDArray, center: Vector, a: Vector, b: Vector, c: Vector, out: mx.nd.NDArray
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        kept: Kept,
+        center: Vector,
+        a: Vector,
+        b: Vector,
+        c: Vector,
+        out: np.ndarray,
     ) -> None:
-        source = host_view(x)
-        _combine(host_view(dy), source, *_cast(source, center, a, b, c), host_view(out))
+        _combine(dy, x, center, a, b, c, out)
 
 
-def passes_for(x: mx.nd.NDArray) -> Passes:
-    """The fastest passes for the device and the type of ``x``."""
-    return CpuPasses() if x.context.device_type == "cpu" and x.dtype != np.float16 else PortablePasses()
+def flat_shape(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
+    """(N, C, S): what is before the channel axis, the channels, what is after it."""
+    axis %= len(shape)
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
 def host_view(array: mx.nd.NDArray) -> np.ndarray:
@@ -119,17 +164,13 @@ def host_view(array: mx.nd.NDArray) -> np.ndarray:
     """
     pointer = ctypes.c_void_p()
     mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
-    dtype = np.dtype(array.dtype)
-    memory = (ctypes.c_byte * (array.size * dtype.itemsize)).from_address(pointer.value or 0)
-    return np.frombuffer(memory, dtype=dtype).reshape(array.shape)
+    shape, dtype = array.shape, np.dtype(array.dtype)
+    memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(pointer.value or 0)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 # Sums reordered for vector units: in another order than they are written in, but in the same one each time.
 _compiled = compiled(reorders_sums=True)
-
-
-def _cast(like: np.ndarray, *vectors: Vector) -> list[np.ndarray]:
-    return [vector.astype(like.dtype) for vector in vectors]
 
 
 @_compiled

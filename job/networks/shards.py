@@ -2,8 +2,8 @@
 
 The global batch of a step is cut into shards; a rank computes whole shards. The network's traced graph is written once
 for each shard of this rank, so that every shard has operators of its own, whose shapes follow from the batch alone and
-not from the number of ranks. Only BatchNorm is written once for all of them (:mod:`job.networks.sync_batch_norm`). All
-of it is one graph: MXNet's engine knows every dependency, and computes the shards of a rank side by side.
+not from the number of ranks. Only BatchNorm is written once for all of them (:mod:`job.networks.batch_norm_operator`).
+All of it is one graph: MXNet's engine knows every dependency, and computes the shards of a rank side by side.
 
 VirtualFlow (Or et al., 2022) calls such shards virtual nodes, EasyScale (Li et al., 2022) logical workers.
 """
@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
 from job.errors import UsageError
-from job.networks.sync_batch_norm import Group
+from job.networks.batch_norm_operator import Group
+from job.networks.fused import RELU, RELU_MAX_POOL
 
 _BATCH_NORMS = {"BatchNorm", "_contrib_SyncBatchNorm", "_contrib_BatchNormWithReLU"}
 _OPTIONS = {"axis": "1", "eps": "0.001", "momentum": "0.9", "fix_gamma": "True"}  # of MXNet's BatchNorm
@@ -60,27 +61,85 @@ def shard(name: str, index: int) -> str:
     return f"{name}@{index}"
 
 
-def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group) -> Graph:
+def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group, fuse: bool = False) -> Graph:
     """Write ``symbol`` for ``count`` shards.
 
-    Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one.
+    Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one. With
+    ``fuse``, ReLU and max pooling behind a BatchNorm become part of its operator (:mod:`job.networks.fused`), where
+    nothing else reads what lies between.
 
     Raises:
         UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
     """
     traced = json.loads(symbol.tojson())
-    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()))
+    tails = _tails(traced["nodes"], traced["heads"]) if fuse else {}
+    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), tails)
     for index in range(len(traced["nodes"])):
         writer.write(index)
     return writer.graph(traced["heads"], traced["attrs"])
 
 
+class _Tail(NamedTuple):
+    """What becomes part of a BatchNorm's operator."""
+
+    kind: str
+    nodes: list[int]
+
+
+def _tails(nodes: list[dict[str, Any]], heads: list[list[int]]) -> dict[int, _Tail]:
+    """Of each BatchNorm the ReLU behind it, and the pooling behind that, where they alone read what it computes."""
+    readers: dict[int, list[int]] = {index: [] for index in range(len(nodes))}
+    for index, node in enumerate(nodes):
+        for source in node["inputs"]:
+            readers[source[0]].append(index)
+    for head in heads:
+        readers[head[0]].append(-1)
+
+    def only_reader(index: int) -> Optional[int]:
+        return readers[index][0] if len(readers[index]) == 1 and readers[index] != [-1] else None
+
+    found = {}
+    for index, node in enumerate(nodes):
+        if node["op"] not in _BATCH_NORMS:
+            continue
+        relu = index if node["op"] == "_contrib_BatchNormWithReLU" else only_reader(index)
+        if relu is None or not (relu == index or _is_relu(nodes[relu])):
+            continue
+        pool = only_reader(relu)
+        on_channels = node.get("attrs", {}).get("axis", "1") == "1"
+        pools = pool is not None and on_channels and _is_small_max_pool(nodes[pool])
+        members = [relu, pool] if pools else [relu]
+        found[index] = _Tail(RELU_MAX_POOL if pools else RELU, [n for n in members if n not in (None, index)])
+    return found
+
+
+def _is_relu(node: dict[str, Any]) -> bool:
+    return node["op"] == "relu" or (node["op"] == "Activation" and node.get("attrs", {}).get("act_type") == "relu")
+
+
+def _is_small_max_pool(node: dict[str, Any]) -> bool:
+    """2x2 with stride 2 over whole windows."""
+    options = {"pool_type": "max", "stride": "(1, 1)", "pad": "(0, 0)", "global_pool": "False", **node.get("attrs", {})}
+    return node["op"] == "Pooling" and (
+        options["pool_type"] == "max"
+        and options.get("kernel") == options["stride"] == "(2, 2)"
+        and options["pad"] in ("(0, 0)", "()")
+        and options["global_pool"] in ("False", "0")
+        and options.get("pooling_convention", "valid") == "valid"
+        and options.get("layout", "None") in ("None", "NCHW")
+    )
+
+
 class _Writer:
-    def __init__(self, nodes: list[dict[str, Any]], count: int, group: Group, states: set[str]) -> None:
+    def __init__(
+        self, nodes: list[dict[str, Any]], count: int, group: Group, states: set[str], tails: dict[int, _Tail]
+    ) -> None:
         self._nodes = nodes
         self._count = count
         self._group = group
         self._states = states
+        self._tails = tails
+        self._absorbed = {member for tail in tails.values() for member in tail.nodes}
         self._written: list[dict[str, Any]] = []
         self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (node, shard) -> (written node, its first output)
         self._dropouts: list[Dropout] = []
@@ -90,6 +149,8 @@ class _Writer:
         node = self._nodes[index]
         operator, attributes = node["op"], node.get("attrs", {})
         _refuse(node)
+        if index in self._absorbed:
+            return
         if operator in _BATCH_NORMS and attributes.get("use_global_stats", "False") not in ("True", "1"):
             self._batch_norm(index, node)
         elif operator == "Dropout":
@@ -128,14 +189,16 @@ class _Writer:
         key = str(len(self._norms))
         options = {name: attributes[name] for name in _OPTIONS}
         custom = {"op_type": "sync_batch_norm", "group": self._group.key, "layer": key, "shards": str(self._count)}
+        tail = self._tails.get(index, _Tail("", []))
         place = self._add(
-            {"op": "Custom", "name": node["name"], "attrs": {**custom, **options}},
+            {"op": "Custom", "name": node["name"], "attrs": {**custom, **options, "tail": tail.kind}},
             [*own, self._entry(running_mean, 0), self._entry(running_var, 0)],
         )
-        self._places.update({(index, k): (place, k) for k in range(self._count)})
+        last = tail.nodes[-1] if tail.nodes else index
+        self._places.update({(last, k): (place, k) for k in range(self._count)})
         names = (self._nodes[source[0]]["name"] for source in (running_mean, running_var))
         self._norms.append(Norm(key, float(options["momentum"]), *names))
-        if node["op"] == "_contrib_BatchNormWithReLU":
+        if node["op"] == "_contrib_BatchNormWithReLU" and not tail.kind:
             for k in range(self._count):
                 relu = {"op": "Activation", "name": shard(f"{node['name']}_relu", k), "attrs": {"act_type": "relu"}}
                 self._places[index, k] = (self._add(relu, [[place, k, 0]]), 0)
@@ -164,6 +227,12 @@ def _refuse(node: dict[str, Any]) -> None:
             f"{node['name']}: the operator {operator} draws random numbers that would depend on the number of ranks;"
             " of those only Dropout can be trained with"
         )
+    if operator == "Deconvolution":
+        raise UsageError(
+            f"{node['name']}: MXNet computes a transposed convolution (Conv2DTranspose) with weights that it reorders in"
+            " place, which shards that are computed side by side would read half done; enlarge with UpSampling and a"
+            " convolution instead"
+        )
     if operator in _OPAQUE:
         raise UsageError(f"{node['name']}: the operator {operator} cannot be looked into, so that it cannot be sharded")
 
@@ -176,14 +245,17 @@ class ShardedNetwork:
         symbol: what is computed of a shard: the network's output, or a loss made of it.
         inputs: the names of those arguments of ``symbol`` that are no parameters.
         group: whose statistics are shared; it says how many shards this rank has.
+        fuse: see :func:`write_sharded`; only where :func:`job.networks.fused.can_fuse` allows it.
 
     Raises:
         UsageError: the network cannot be trained shard by shard (:func:`write_sharded`).
     """
 
-    def __init__(self, net: gluon.HybridBlock, symbol: mx.sym.Symbol, inputs: Sequence[str], group: Group) -> None:
+    def __init__(
+        self, net: gluon.HybridBlock, symbol: mx.sym.Symbol, inputs: Sequence[str], group: Group, fuse: bool = False
+    ) -> None:
         self.count = len(group.own)
-        self.graph = write_sharded(symbol, self.count, group)
+        self.graph = write_sharded(symbol, self.count, group, fuse)
         self._parameters = dict(net.collect_params().items())
         self._order = self.graph.symbol.list_inputs()
         masks = [dropout.mask for dropout in self.graph.dropouts]

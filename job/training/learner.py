@@ -16,11 +16,12 @@ from job.data.dataset import FASHION_MNIST, Description, Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
-from job.networks import kernels
+from job.networks import fused, kernels
+from job.networks.batch_norm_operator import Group
 from job.networks.compiled import load_kept
+from job.networks.fused import can_fuse
 from job.networks.kernels import host_view
 from job.networks.shards import ShardedNetwork, dropout_mask
-from job.networks.sync_batch_norm import Group
 from job.training import exact
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import ExactSum, sum_of_squares
@@ -97,7 +98,7 @@ class Learner:
     """
 
     def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
-        load_kept(kernels, exact)
+        load_kept(kernels, fused, exact)
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step
@@ -120,9 +121,9 @@ class Learner:
         self._inference = _inference(net)
         shards = config.data.shards
         self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.sync_batch_norm)
-        self._network = ShardedNetwork(
-            net, _objective(net, config.train.label_smoothing), ("data", "label"), self._group
-        )
+        objective = _objective(net, config.train.label_smoothing)
+        fuse = config.model.fuse_batch_norm and can_fuse(feed.ctx, feed.dtype)
+        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, fuse)
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())

@@ -14,7 +14,7 @@ from mxnet.gluon.model_zoo import vision
 from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks.shards import Dropout, ShardedNetwork, dropout_mask, write_sharded
-from job.networks.sync_batch_norm import Group
+from job.networks.batch_norm_operator import Group
 
 SHARDS = 3
 SIZES = (3, 2, 2)

@@ -1,0 +1,324 @@
+"""The operator of synchronized BatchNorm: of one layer, for all of a rank's shards at once.
+
+The mathematics (docs/sync_batch_norm.md derives it). A channel has n_k values in shard k and n = sum of n_k in all.
+
+forward   each shard is reduced to (n_k, mean_k, M2_k), M2 being the sum of squared deviations. A table with a row for
+          each shard, (n_k mean_k, M2_k + n_k mean_k^2, n_k) in float64, is summed over ranks, each of which knows its
+          own rows and has zeros elsewhere, which is exact; then its rows are added up in their order:
+
+              mean = sum(n_k mean_k) / n         var = sum(M2_k + n_k mean_k^2) / n - mean^2
+              x^ = (x - mean) / sqrt(var + eps)  y = gamma x^ + beta
+
+backward  likewise with the rows (sum dy, sum dy (x - mean)):
+
+              dbeta = sum dy                     dgamma = sum dy x^           both of each shard's samples only
+              dx = gamma / sqrt(var + eps) (dy - sum dy / n - x^ sum(dy x^) / n)     sums over all shards
+
+So no number depends on how many ranks there are, or on who computes which shard. dgamma and dbeta stay those of a
+shard because whoever trains sums them like every other gradient.
+
+Sources: Ioffe and Szegedy, "Batch normalization", 2015, for the gradient; Chan, Golub and LeVeque, 1979, for the merge.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Optional
+
+import mxnet as mx
+import numpy as np
+
+from job.distributed.comm import Comm
+from job.errors import PeerLostError
+from job.networks.fused import RELU_MAX_POOL, passes_for
+from job.networks.kernels import Kept, Passes
+
+# MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
+# outlive whoever made it.
+_GROUPS: dict[str, Group] = {}
+
+
+class Group:
+    """The shards that share statistics, and which of them are this rank's.
+
+    Args:
+        comm: the ranks that hold the shards.
+        own: this rank's shards.
+        shards: how many there are on all ranks.
+        synchronize: whether the statistics are those of all shards; otherwise each shard has its own, nothing is
+            communicated, and whoever trains updates the running statistics from :attr:`moments`.
+        unbiased: whether running_var takes the unbiased estimate of the variance, n / (n - 1) times the biased one by
+            which the batch is normalized. MXNet itself takes the biased one on the CPU, the unbiased one with cuDNN.
+    """
+
+    def __init__(self, comm: Comm, own: range, shards: int, synchronize: bool = True, unbiased: bool = False) -> None:
+        self.comm = comm
+        self.own = own
+        self.shards = shards
+        self.synchronize = synchronize
+        self.unbiased = unbiased
+        self.key = f"{comm.fresh_name('batch_norm')}.{id(self)}"
+        self.moments: dict[str, list[np.ndarray]] = {}  # by layer: of each forward (2, channels), see synchronize
+        self.unanswered: dict[str, set[int]] = {}  # by layer: numbers of the forwards whose backward is still to come
+        self._name = self.key.rpartition(".")[0]  # the same on all ranks
+        _GROUPS[self.key] = self
+        # What is still queued when a script ends needs Python and the other ranks: without them it aborts or hangs.
+        # This is registered after the hooks of MXNet and of Horovod, and so runs before them.
+        atexit.register(mx.nd.waitall)
+
+    def total(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """For each of this rank's shards the sum that concerns it, (len(own), width), from ``rows`` of that shape.
+
+        Waits for the other ranks. NaN if one has failed.
+        """
+        if not self.synchronize:
+            return rows
+        table = np.zeros((self.shards, rows.shape[1]))
+        table[self.own.start : self.own.stop] = rows
+        try:
+            table = self.comm.sum(table, f"{self._name}.{name}")
+        except PeerLostError:
+            # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
+            # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
+            table = np.full_like(table, np.nan)
+        # One after the other: numpy's own sum would be as exact, but in an order that it does not promise.
+        return np.broadcast_to(functools.reduce(np.add, table), rows.shape)
+
+
+@mx.operator.register("sync_batch_norm")
+class _SyncBatchNormProp(mx.operator.CustomOpProp):
+    """What MXNet needs to know of the operator before it runs: names, shapes, types, and what backward depends on.
+
+    Its inputs are the data of each shard of this rank, then gamma once a shard (so that each shard has its gradient),
+    then beta likewise. Its outputs are the results of each shard.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        layer: str,
+        shards: str = "1",
+        axis: str = "1",
+        eps: str = "1e-5",
+        momentum: str = "0.9",
+        fix_gamma: str = "False",
+        tail: str = "",
+    ) -> None:
+        super().__init__(need_top_grad=True)
+        if group not in _GROUPS:  # an exception here would be printed by MXNet, and end in a crash
+            _GROUPS[group] = Group(Comm(), range(int(shards)), int(shards))
+        self._shards = int(shards)
+        self._axis = int(axis)
+        self._tail = tail
+        self._options = (_GROUPS[group], layer, self._shards, self._axis, float(eps), float(momentum))
+        self._fix_gamma = fix_gamma in ("True", "1")
+
+    def list_arguments(self) -> list[str]:
+        return [f"{name}{k}" for name in ("data", "gamma", "beta") for k in range(self._shards)]
+
+    def list_outputs(self) -> list[str]:
+        return [f"output{k}" for k in range(self._shards)]
+
+    def list_auxiliary_states(self) -> list[str]:
+        return ["running_mean", "running_var"]
+
+    def infer_shape(self, in_shape: list[list[int]]) -> tuple[list[Any], list[Any], list[Any]]:
+        data = in_shape[: self._shards]
+        channels = [data[0][self._axis]]
+        outputs = [[n, c, h // 2, w // 2] for n, c, h, w in data] if self._tail == RELU_MAX_POOL else data
+        return [*data, *([channels] * 2 * self._shards)], outputs, [channels, channels]
+
+    def infer_type(self, in_type: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        data = in_type[0]
+        parameter = np.float32 if data == np.float16 else data
+        return (
+            [data] * self._shards + [parameter] * 2 * self._shards,
+            [data] * self._shards,
+            [parameter, parameter],
+        )
+
+    def declare_backward_dependency(self, out_grad: list[int], in_data: list[int], out_data: list[int]) -> list[int]:
+        # Not gamma: backward may run after the trainer's update of it has been queued, and must use the old one.
+        return [*out_grad, *in_data[: self._shards]]
+
+    def create_operator(self, ctx: str, in_shapes: Any, in_dtypes: Any) -> mx.operator.CustomOp:
+        dtype = np.float64 if in_dtypes[0] == np.float64 else np.float32
+        return _SyncBatchNormOp(*self._options, self._fix_gamma, self._tail, dtype)
+
+
+class _Statistics(NamedTuple):
+    """What the values are normalized by, in float64: a row for all shards together, or one for each of them."""
+
+    values: np.ndarray  # how many, (rows, 1); the rest (rows, channels)
+    mean: np.ndarray
+    var: np.ndarray
+    center: np.ndarray  # the mean as rounded to the type that is computed in
+    inverse_std: np.ndarray
+    scale: np.ndarray
+
+
+class _SyncBatchNormOp(mx.operator.CustomOp):
+    """One use of a layer in a forward pass, and its backward."""
+
+    def __init__(
+        self,
+        group: Group,
+        layer: str,
+        shards: int,
+        axis: int,
+        eps: float,
+        momentum: float,
+        fix_gamma: bool,
+        tail: str,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        self._group, self._layer, self._shards = group, layer, shards
+        self._axis, self._eps, self._momentum, self._fix_gamma = axis, eps, momentum, fix_gamma
+        self._tail, self._dtype = tail, dtype
+        self._saved: Optional[_Statistics] = None
+        self._kept: list[Kept] = [None] * shards
+        self._answer: Optional[int] = None  # the number of the allreduce of backward; none after inference
+
+    def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
+        n = self._shards
+        passes = passes_for(in_data[0], self._tail)
+        xs, ys = ([passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_data))
+        gamma, beta = passes.read(in_data[n]), passes.read(in_data[2 * n])
+        if self._fix_gamma:
+            gamma = np.ones_like(gamma)
+
+        if is_train:
+            rows = np.stack(_side_by_side(lambda k: _row(xs[k], *passes.moments(xs[k])), range(n)))
+            totals = self._group.total(f"{self._layer}.forward", rows)
+            saved = self._statistics(totals[:1] if self._group.synchronize else totals, gamma)
+            self._update_running(passes, saved, aux)
+            self._number_backward()
+        else:
+            saved = self._given_statistics(passes, aux, gamma)
+            self._answer = None
+        self._saved = saved
+
+        shift = beta - (saved.mean - saved.center) * saved.scale
+        vectors = self._of_each_shard(saved.center, saved.scale, shift)
+
+        def normalize(k: int) -> None:
+            def compute(y: Any) -> None:
+                self._kept[k] = passes.affine(xs[k], *vectors[k], y)
+
+            _write(req[k], ys[k], compute)
+
+        _side_by_side(normalize, range(n))
+
+    def backward(
+        self,
+        req: list[str],
+        out_grad: list[Any],
+        in_data: list[Any],
+        out_data: list[Any],
+        in_grad: list[Any],
+        aux: list[Any],
+    ) -> None:
+        n, saved, kept = self._shards, self._saved, self._kept
+        assert saved is not None, "MXNet runs a backward after its forward"
+        passes = passes_for(in_data[0], self._tail)
+        xs, dys, dxs = (
+            [passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_grad, in_grad[:n])
+        )
+        centers = self._of_each_shard(saved.center)
+
+        found = _side_by_side(lambda k: passes.products(dys[k], xs[k], kept[k], *centers[k]), range(n))
+        dbeta, product = (np.stack(vectors) for vectors in zip(*found))
+        product -= (saved.mean - saved.center) * dbeta
+        dgamma = np.zeros_like(product) if self._fix_gamma else product * saved.inverse_std
+        for gradient, how, values in zip(in_grad[n:], req[n:], (*dgamma, *dbeta)):
+            if how != "null":
+                passes.write(gradient, values + passes.read(gradient) if how == "add" else values)
+
+        if self._answer is None:  # the statistics were given, so that nothing flows through them
+            b = c = np.zeros_like(dbeta)
+        else:
+            totals = self._group.total(f"{self._layer}.backward.{self._answer}", np.hstack([dbeta, product]))
+            self._group.unanswered[self._layer].discard(self._answer)
+            dbeta, product = np.split(totals[: len(saved.mean)], 2, axis=1)
+            b = -saved.scale * saved.inverse_std**2 * product / saved.values
+            c = -saved.scale * dbeta / saved.values - (saved.mean - saved.center) * b
+        vectors = self._of_each_shard(saved.center, saved.scale, b, c)
+
+        def combine(k: int) -> None:
+            _write(req[k], dxs[k], lambda dx: passes.combine(dys[k], xs[k], kept[k], *vectors[k], dx))
+
+        _side_by_side(combine, range(n))
+
+    def _statistics(self, totals: np.ndarray, gamma: np.ndarray) -> _Statistics:
+        first, second, count = np.split(totals, [len(gamma), 2 * len(gamma)], axis=1)
+        mean = first / count
+        var = np.maximum(second / count - mean * mean, 0.0)  # rounding may leave a constant channel just below zero
+        inverse_std = 1 / np.sqrt(var + self._eps)
+        center = mean.astype(self._dtype).astype(np.float64)
+        return _Statistics(count, mean, var, center, inverse_std, gamma * inverse_std)
+
+    def _given_statistics(self, passes: Passes, aux: list[Any], gamma: np.ndarray) -> _Statistics:
+        mean, var = (passes.read(array)[None] for array in aux)
+        inverse_std = 1 / np.sqrt(var + self._eps)
+        return _Statistics(np.ones((1, 1)), mean, var, mean, inverse_std, gamma * inverse_std)
+
+    def _of_each_shard(self, *vectors: np.ndarray) -> list[list[np.ndarray]]:
+        """For each shard its rows of the vectors, (channels,), in the type that is computed in."""
+        narrow = [vector.astype(self._dtype) for vector in vectors]
+        return [[rows[min(k, len(rows) - 1)] for rows in narrow] for k in range(self._shards)]
+
+    def _update_running(self, passes: Passes, saved: _Statistics, aux: list[Any]) -> None:
+        unbiased = self._group.unbiased
+        var = saved.var * saved.values / np.maximum(saved.values - 1, 1) if unbiased else saved.var
+        if not self._group.synchronize:
+            self._group.moments.setdefault(self._layer, []).append(np.stack([saved.mean, var], axis=1))
+            return
+        for running, values in zip(aux, (saved.mean, var)):
+            passes.write(running, self._momentum * passes.read(running) + (1 - self._momentum) * values[0])
+
+    def _number_backward(self) -> None:
+        # The backwards of a layer that is used twice may run side by side, and each needs a name for its allreduce that
+        # is the same on all ranks. Forward writes the running statistics, so MXNet's engine runs the forwards of a
+        # layer one by one in the program's order, and never beside a backward: the smallest free number is the same.
+        unanswered = self._group.unanswered.setdefault(self._layer, set())
+        self._answer = next(index for index in range(len(unanswered) + 1) if index not in unanswered)
+        unanswered.add(self._answer)
+
+
+def _row(x: Any, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
+    """Of a shard: n mean, M2 + n mean^2, n."""
+    count = math.prod(x.shape) // x.shape[1]
+    return np.concatenate([count * mean, m2 + count * mean * mean, [count]])
+
+
+def _write(req: str, target: Any, compute: Callable[[Any], Any]) -> None:
+    """Let ``compute`` write into ``target`` as MXNet requests: not at all, over what is there, or added to it."""
+    if req == "null":
+        return
+    before = target.copy() if req == "add" else None
+    compute(target)
+    if before is not None:
+        target += before
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="batch_norm")
+
+
+def _side_by_side(function: Callable[[Any], Any], shards: Iterable[Any]) -> list[Any]:
+    """``function`` of each shard, on as many threads as MXNet computes operators with."""
+    shards = list(shards)
+    threads = min(len(shards), int(os.environ.get("MXNET_CPU_WORKER_NTHREADS") or 1))
+    if threads == 1:
+        return [function(one) for one in shards]
+    try:
+        return list(_pool(threads).map(function, shards))
+    except RuntimeError:  # a backward that nobody waited for, while the interpreter ends and takes no more work
+        return [function(one) for one in shards]

@@ -1,0 +1,201 @@
+"""BatchNorm and what follows it as one operator: ReLU, or ReLU and 2x2 max pooling, in the same passes over memory.
+
+Between a BatchNorm and the pooling behind it MXNet writes and reads four arrays of the size of its input; here each
+pass reads the input once and writes once. Forward keeps a byte for each result, which says where its gradient goes.
+
+Ties are decided as MXNet does: ReLU has no gradient at 0, and of equal maxima the first one takes it, row by row. NaN
+stays NaN, where MXNet's float32 operators turn it into 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from job.networks.compiled import compiled
+from job.networks.kernels import CpuPasses, Kept, Passes, PortablePasses, Vector, flat_shape, host_view
+
+RELU = "relu"
+RELU_MAX_POOL = "relu+max_pool"  # 2x2, stride 2; what does not fill a window is left out
+
+_NOWHERE = 4  # the gradient of a result that ReLU has set to 0; otherwise 2 * row + column within the window
+
+
+def passes_for(array: mx.nd.NDArray, tail: str = "") -> Passes:
+    """The fastest passes for the array's device and type; with a ``tail``, for what follows BatchNorm as well."""
+    if tail:
+        return _FUSED[tail]
+    return _PLAIN if can_fuse(array.context, array.dtype) else _PORTABLE
+
+
+def can_fuse(ctx: mx.Context, dtype: Any) -> bool:
+    """Whether there are passes with a tail for arrays of that device and type."""
+    return bool(ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
+
+
+class ReluPasses(CpuPasses):
+    """BatchNorm and ReLU, of arrays (N, C, S)."""
+
+    def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
+        kept = np.empty(out.shape, np.uint8)
+        _affine_relu(x, center, scale, shift, out, kept)
+        return kept
+
+    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
+        sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        _products_relu(dy, x, kept, center, sums, products)
+        return sums, products
+
+    def combine(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        kept: Kept,
+        center: Vector,
+        a: Vector,
+        b: Vector,
+        c: Vector,
+        out: np.ndarray,
+    ) -> None:
+        _combine_relu(dy, x, kept, center, a, b, c, out)
+
+
+class ReluMaxPoolPasses(CpuPasses):
+    """BatchNorm, ReLU and 2x2 max pooling, of arrays (N, C, H, W); results are (N, C, H // 2, W // 2)."""
+
+    def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
+        return host_view(array)
+
+    def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
+        return super().moments(x.reshape(flat_shape(x.shape, 1)))
+
+    def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
+        kept = np.empty(out.shape, np.uint8)
+        _affine_pool(x, center, scale, shift, out, kept)
+        return kept
+
+    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
+        sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        _products_pool(dy, x, kept, center, sums, products)
+        return sums, products
+
+    def combine(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        kept: Kept,
+        center: Vector,
+        a: Vector,
+        b: Vector,
+        c: Vector,
+        out: np.ndarray,
+    ) -> None:
+        _combine_pool(dy, x, kept, center, a, b, c, out)
+
+
+_PLAIN, _PORTABLE = CpuPasses(), PortablePasses()
+_FUSED = {RELU: ReluPasses(), RELU_MAX_POOL: ReluMaxPoolPasses()}
+
+_compiled = compiled(reorders_sums=True)
+
+
+@_compiled
+def _affine_relu(x, center, scale, shift, out, kept):  # type: ignore[no-untyped-def]
+    rows, channels, length = x.shape
+    zero = x.dtype.type(0)
+    for n in range(rows):
+        for c in range(channels):
+            center_c, scale_c, shift_c = center[c], scale[c], shift[c]
+            for i in range(length):
+                y = (x[n, c, i] - center_c) * scale_c + shift_c
+                kept[n, c, i] = _NOWHERE if y <= zero else 0
+                out[n, c, i] = zero if y <= zero else y
+
+
+@_compiled
+def _products_relu(dy, x, kept, center, sums, products):  # type: ignore[no-untyped-def]
+    rows, channels, length = x.shape
+    zero = x.dtype.type(0)
+    for n in range(rows):
+        for c in range(channels):
+            center_c, total, product = center[c], zero, zero
+            for i in range(length):
+                gradient = dy[n, c, i] if kept[n, c, i] == 0 else zero
+                total += gradient
+                product += gradient * (x[n, c, i] - center_c)
+            sums[c] += total
+            products[c] += product
+
+
+@_compiled
+def _combine_relu(dy, x, kept, center, a, b, c0, out):  # type: ignore[no-untyped-def]
+    rows, channels, length = x.shape
+    zero = x.dtype.type(0)
+    for n in range(rows):
+        for c in range(channels):
+            center_c, a_c, b_c, c_c = center[c], a[c], b[c], c0[c]
+            for i in range(length):
+                gradient = dy[n, c, i] if kept[n, c, i] == 0 else zero
+                out[n, c, i] = a_c * gradient + b_c * (x[n, c, i] - center_c) + c_c
+
+
+@_compiled
+def _affine_pool(x, center, scale, shift, out, kept):  # type: ignore[no-untyped-def]
+    rows, channels, height, width = out.shape
+    zero = x.dtype.type(0)
+    for n in range(rows):
+        for c in range(channels):
+            center_c, scale_c, shift_c = center[c], scale[c], shift[c]
+            for i in range(height):
+                upper, lower = x[n, c, 2 * i], x[n, c, 2 * i + 1]
+                for j in range(width):
+                    most, place = (upper[2 * j] - center_c) * scale_c + shift_c, 0
+                    y = (upper[2 * j + 1] - center_c) * scale_c + shift_c
+                    if y > most:
+                        most, place = y, 1
+                    y = (lower[2 * j] - center_c) * scale_c + shift_c
+                    if y > most:
+                        most, place = y, 2
+                    y = (lower[2 * j + 1] - center_c) * scale_c + shift_c
+                    if y > most:
+                        most, place = y, 3
+                    if most <= zero:
+                        most, place = zero, _NOWHERE
+                    out[n, c, i, j] = most
+                    kept[n, c, i, j] = place
+
+
+@_compiled
+def _products_pool(dy, x, kept, center, sums, products):  # type: ignore[no-untyped-def]
+    rows, channels, height, width = dy.shape
+    zero = x.dtype.type(0)
+    for n in range(rows):
+        for c in range(channels):
+            center_c, total, product = center[c], zero, zero
+            for i in range(height):
+                for j in range(width):
+                    place = kept[n, c, i, j]
+                    gradient = dy[n, c, i, j] if place < _NOWHERE else zero
+                    place &= 3
+                    total += gradient
+                    product += gradient * (x[n, c, 2 * i + (place >> 1), 2 * j + (place & 1)] - center_c)
+            sums[c] += total
+            products[c] += product
+
+
+@_compiled
+def _combine_pool(dy, x, kept, center, a, b, c0, out):  # type: ignore[no-untyped-def]
+    rows, channels, height, width = dy.shape
+    for n in range(rows):
+        for c in range(channels):
+            center_c, a_c, b_c, c_c = center[c], a[c], b[c], c0[c]
+            for h in range(x.shape[2]):  # all of it, the edge that no window holds too, while it is in the cache
+                for w in range(x.shape[3]):
+                    out[n, c, h, w] = b_c * (x[n, c, h, w] - center_c) + c_c
+            for i in range(height):
+                for j in range(width):
+                    place = kept[n, c, i, j]
+                    if place < _NOWHERE:
+                        out[n, c, 2 * i + (place >> 1), 2 * j + (place & 1)] += a_c * dy[n, c, i, j]
