@@ -147,7 +147,8 @@ class _SyncBatchNormProp(mx.operator.CustomOpProp):
         return [*out_grad, *in_data[: self._shards]]
 
     def create_operator(self, ctx: str, in_shapes: Any, in_dtypes: Any) -> mx.operator.CustomOp:
-        dtype = np.float64 if in_dtypes[0] == np.float64 else np.float32
+        # MXNet's numbers of types, whatever its documentation says.
+        dtype = np.float64 if in_dtypes[0] == mx.nd.ndarray._DTYPE_NP_TO_MX[np.float64] else np.float32
         return _SyncBatchNormOp(*self._options, self._fix_gamma, self._tail, dtype)
 
 
@@ -209,7 +210,8 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
 
         def normalize(k: int) -> None:
             def compute(y: Any) -> None:
-                self._kept[k] = passes.affine(xs[k], *vectors[k], y)
+                own_center, own_scale, own_shift = vectors[k]
+                self._kept[k] = passes.affine(xs[k], own_center, own_scale, own_shift, y)
 
             _write(req[k], ys[k], compute)
 
@@ -251,7 +253,8 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
         vectors = self._of_each_shard(saved.center, saved.scale, b, c)
 
         def combine(k: int) -> None:
-            _write(req[k], dxs[k], lambda dx: passes.combine(dys[k], xs[k], kept[k], *vectors[k], dx))
+            center, scale, own_b, own_c = vectors[k]
+            _write(req[k], dxs[k], lambda dx: passes.combine(dys[k], xs[k], kept[k], center, scale, own_b, own_c, dx))
 
         _side_by_side(combine, range(n))
 

@@ -229,9 +229,8 @@ def _refuse(node: dict[str, Any]) -> None:
         )
     if operator == "Deconvolution":
         raise UsageError(
-            f"{node['name']}: MXNet computes a transposed convolution (Conv2DTranspose) with weights that it reorders in"
-            " place, which shards that are computed side by side would read half done; enlarge with UpSampling and a"
-            " convolution instead"
+            f"{node['name']}: a transposed convolution (Conv2DTranspose) of several shards side by side fails in MXNet"
+            " 1.9.1 now and then; enlarge with UpSampling and a convolution instead"
         )
     if operator in _OPAQUE:
         raise UsageError(f"{node['name']}: the operator {operator} cannot be looked into, so that it cannot be sharded")

@@ -97,7 +97,9 @@ def test_float16_is_computed_in_float32_by_the_portable_passes() -> None:
     x = draw((64, 3, 100), offset=3.0, dtype="float16")
     passes = passes_for(x)
     assert isinstance(passes, PortablePasses)
-    np.testing.assert_allclose(passes.moments(passes.view(x, 1))[0], x.asnumpy().astype(np.float64).mean((0, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        passes.moments(passes.view(x, 1))[0], x.asnumpy().astype(np.float64).mean((0, 2)), rtol=1e-6
+    )
 
 
 def test_the_cpu_takes_the_compiled_passes_for_float32() -> None:

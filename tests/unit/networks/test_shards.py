@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import mxnet as mx
@@ -13,8 +14,8 @@ from mxnet.gluon.model_zoo import vision
 
 from job.distributed.comm import Comm
 from job.errors import UsageError
-from job.networks.shards import Dropout, ShardedNetwork, dropout_mask, write_sharded
 from job.networks.batch_norm_operator import Group
+from job.networks.shards import Dropout, ShardedNetwork, dropout_mask, write_sharded
 
 SHARDS = 3
 SIZES = (3, 2, 2)
@@ -90,11 +91,11 @@ def build(name: str, dtype: str, networks: Any = NETWORKS) -> gluon.HybridBlock:
     return net
 
 
-def sharded(net: gluon.HybridBlock, synchronize: bool = True) -> ShardedNetwork:
+def sharded(net: gluon.HybridBlock, fuse: bool = False) -> ShardedNetwork:
     outputs = net(mx.sym.var("data"))
     heads = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     loss = sum((head.square().sum() for head in heads[1:]), heads[0].square().sum())
-    return ShardedNetwork(net, loss, ["data"], Group(Comm(), range(SHARDS), SHARDS, synchronize))
+    return ShardedNetwork(net, loss, ["data"], Group(Comm(), range(SHARDS), SHARDS), fuse)
 
 
 def batch() -> np.ndarray:
@@ -106,8 +107,8 @@ def shards_of(images: np.ndarray, dtype: str) -> list[dict[str, mx.nd.NDArray]]:
     return [{"data": mx.nd.array(part, dtype=dtype)} for part in parts]
 
 
-def gradients_of_shards(net: gluon.HybridBlock, dtype: str) -> tuple[float, dict[str, np.ndarray]]:
-    network = sharded(net)
+def gradients_of_shards(net: gluon.HybridBlock, dtype: str, fuse: bool = False) -> tuple[float, dict[str, np.ndarray]]:
+    network = sharded(net, fuse)
     with autograd.record():
         losses = [loss for (loss,) in network(shards_of(batch(), dtype))]
     autograd.backward(losses)
@@ -125,11 +126,12 @@ def gradients_of_the_whole(net: gluon.HybridBlock, dtype: str) -> tuple[float, d
     return float(loss.asscalar()), trained
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["as written", "fused"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_shards_gradients_add_up_to_those_of_the_whole_batch(name: str) -> None:
+def test_the_shards_gradients_add_up_to_those_of_the_whole_batch(name: str, fuse: bool) -> None:
     whole, ours = build(name, "float64", ORACLES), build(name, "float64")
     loss, expected = gradients_of_the_whole(whole, "float64")
-    got, sums = gradients_of_shards(ours, "float64")
+    got, sums = gradients_of_shards(ours, "float64", fuse)
     assert got == pytest.approx(loss, rel=1e-9)
     renamed = dict(zip((p.name for p in ours.collect_params().values()), whole.collect_params().values()))
     largest = max(np.abs(gradient).max() for gradient in expected.values())
@@ -151,6 +153,66 @@ def test_float32_is_float64_but_for_rounding(name: str) -> None:
     largest = max(np.abs(gradient).max() for gradient in expected.values())
     for gradient, other in zip(sums.values(), expected.values()):
         np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-4 * largest)
+
+
+def fused(net: gluon.HybridBlock) -> list[str]:
+    """What became part of the BatchNorms of a network, and the ReLU and pooling that are left."""
+    net.initialize()
+    outputs = net(mx.sym.var("data"))
+    symbol = mx.sym.Group(outputs) if isinstance(outputs, (list, tuple)) else outputs
+    nodes = json.loads(write_sharded(symbol, 2, Group(Comm(), range(2), 2), fuse=True).symbol.tojson())
+    return [node.get("attrs", {}).get("tail", node["op"]) for node in nodes["nodes"] if node["op"] in OF_A_TAIL]
+
+
+OF_A_TAIL = ("Custom", "Activation", "relu", "Pooling")
+BATCH_NORM_RELU = (nn.BatchNorm, lambda: nn.Activation("relu"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((*BATCH_NORM_RELU, lambda: nn.MaxPool2D(2, 2)), ["relu+max_pool"]),
+        ((nn.BatchNormReLU, lambda: nn.MaxPool2D(2, 2)), ["relu+max_pool"]),
+        (BATCH_NORM_RELU, ["relu"]),
+        ((*BATCH_NORM_RELU, lambda: nn.MaxPool2D(3, 2)), ["relu", "Pooling", "Pooling"]),
+        ((*BATCH_NORM_RELU, lambda: nn.MaxPool2D(2, 1)), ["relu", "Pooling", "Pooling"]),
+        ((*BATCH_NORM_RELU, lambda: nn.MaxPool2D(2, 2, padding=1)), ["relu", "Pooling", "Pooling"]),
+        ((*BATCH_NORM_RELU, lambda: nn.MaxPool2D(2, 2, ceil_mode=True)), ["relu", "Pooling", "Pooling"]),
+        ((*BATCH_NORM_RELU, lambda: nn.AvgPool2D(2, 2)), ["relu", "Pooling", "Pooling"]),
+        ((nn.BatchNorm, lambda: nn.Activation("tanh")), ["", "Activation", "Activation"]),
+        ((nn.BatchNorm, lambda: nn.MaxPool2D(2, 2)), ["", "Pooling", "Pooling"]),
+    ],
+)
+def test_relu_and_small_max_pooling_become_part_of_a_batch_norm(layers: Any, expected: list[str]) -> None:
+    assert fused(sequential(*(layer() for layer in layers))) == expected
+
+
+class ReadTwice(gluon.HybridBlock):
+    """What lies between BatchNorm and pooling is read elsewhere, or is an output."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        with self.name_scope():
+            self.norm = nn.BatchNorm()
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        y = self.norm(x)
+        z = F.relu(y)
+        pooled = F.Pooling(z, kernel=(2, 2), stride=(2, 2), pool_type="max")
+        return {"norm": (pooled, y.sum()), "relu": (pooled, z.sum()), "output": (pooled, z)}[self.which]
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("norm", ["", *["relu", "Pooling"] * 2]),
+        ("relu", ["relu", "Pooling", "Pooling"]),
+        ("output", ["relu", "Pooling", "Pooling"]),
+    ],
+)
+def test_what_others_read_stays_an_operator_of_its_own(which: str, expected: list[str]) -> None:
+    assert sorted(fused(ReadTwice(which))) == sorted(expected)
 
 
 def test_the_same_graph_twice_gives_the_same_bits() -> None:
@@ -183,6 +245,7 @@ def test_without_synchronization_each_shard_is_normalized_by_its_own_statistics(
     [
         (lambda x: mx.sym.random.uniform(shape=(1,)) + x.sum(), "_random_uniform"),
         (lambda x: mx.sym.LeakyReLU(x, act_type="rrelu"), "LeakyReLU"),
+        (lambda x: mx.sym.Deconvolution(x, kernel=(3, 3), num_filter=2), "transposed convolution"),
         (lambda x: mx.sym.shuffle(x), "_shuffle"),
         (lambda x: mx.sym.BatchNorm(x, output_mean_var=True)[0], "output_mean_var"),
     ],
