@@ -19,7 +19,7 @@ MATRIX = {
     3: ("SIGTERM or SIGUSR1, to one rank or to all", "one step for all, checkpoint in 5 s, exit 75"),
     4: ("a rank sleeps, or is stopped", "noticed within the limit, the rank named"),
     5: ("cut off at mid epoch and at its end, 1, 2, 4 ranks", "resumed bit for bit as never stopped"),
-    6: ("resumed with another number of ranks", "every sample once, the same curve"),
+    6: ("resumed with another number of ranks", "every sample once, the same bits"),
     7: ("a writer is killed at every write, fsync, rename", "the old or the new checkpoint loads"),
     8: ("checkpoints truncated, flipped, empty, missing", "found by checksum, told, the one before used"),
     9: ("disk full, read-only, not permitted", "last good one kept, no leftovers, all ranks say why"),

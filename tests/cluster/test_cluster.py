@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.cluster.conftest import ROOT, Cluster, Ended, Host, cmdline, wait_for
+from tests.parallel.runs import weights_of_one_rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -103,8 +104,8 @@ def test_three_hosts_train_and_no_secret_is_seen_on_a_command_line(
     cluster.assert_nothing_left()
 
 
-def test_a_signal_to_the_launcher_stops_all_hosts_with_75_and_the_same_command_goes_on(
-    cluster: Cluster, all_three: str, arguments: list[str], tmp_path: Path
+def test_a_signal_to_the_launcher_stops_all_hosts_with_75_and_fewer_hosts_go_on_to_the_same_bits(
+    cluster: Cluster, all_three: str, the_others: str, arguments: list[str], tmp_path: Path
 ) -> None:
     command = [all_three, *arguments, "train.epochs=10", "train.max_steps=50", "checkpoint.every_steps=null"]
     job = cluster.start(*command)
@@ -115,10 +116,12 @@ def test_a_signal_to_the_launcher_stops_all_hosts_with_75_and_the_same_command_g
     assert "preempted: rank 0: stopped after step" in ended.output
     cluster.assert_nothing_left()
     stopped = int(ended.output.partition("stopped after step ")[2].partition(",")[0])
-    again = cluster.launch(*command)
+    again = cluster.launch(the_others, *command[1:])
     assert again.code == 0, again.output
     assert f"going on after step {stopped}" in again.output
     assert steps(tmp_path) == list(range(1, 51))
+    assert summary(tmp_path)["ranks"] == 2
+    assert summary(tmp_path)["weights_sha256"] == weights_of_one_rank(tmp_path / "run")
 
 
 def test_a_killed_launcher_leaves_no_orphan_on_any_host_and_a_checkpoint(

@@ -21,6 +21,7 @@ import pytest
 from tests import synthetic
 from tests.faults.conftest import Ended, finish, wait_for_line
 from tests.parallel.conftest import ROOT, free_port
+from tests.parallel.runs import weights_of_one_rank
 
 PATIENCE = 200.0  # seconds; four ranks on two cores take 20 to start
 Pod = Callable[..., "subprocess.Popen[str]"]
@@ -99,7 +100,7 @@ def test_a_pod_that_is_first_waits_for_the_coordinator_and_both_train_together(
 
 
 @pytest.mark.slow
-def test_two_pods_of_two_ranks_are_preempted_together_and_go_on(pod: Pod, run_dir: Path) -> None:
+def test_two_pods_of_two_ranks_are_preempted_and_go_on_with_one_each_to_the_same_bits(pod: Pod, run_dir: Path) -> None:
     options = ["train.max_steps=40", "train.epochs=100", "checkpoint.every_steps=null"]
     first, second = (pod(index, *options, ranks=2) for index in (0, 1))
     output = wait_for_line(first, "step 3/")
@@ -108,13 +109,15 @@ def test_two_pods_of_two_ranks_are_preempted_together_and_go_on(pod: Pod, run_di
     assert [result.code for result in results] == [75, 75], (output, results)
     assert "received SIGTERM" in results[0].output
 
-    second = pod(1, *options, ranks=2)  # comes back first
-    first = pod(0, *options, ranks=2)
+    second = pod(1, *options)  # comes back first
+    first = pod(0, *options)
     results = ended(first, second)
     assert [result.code for result in results] == [0, 0], results
     assert "going on after step" in results[0].output
     assert [record["step"] for record in records(run_dir) if record["split"] == "train"] == list(range(1, 41))
-    assert json.loads((run_dir / "summary.json").read_text())["ranks"] == 4
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["ranks"] == 2
+    assert summary["weights_sha256"] == weights_of_one_rank(run_dir)
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from tests import synthetic
-from tests.examples import MEASURED
 from tests.parallel.conftest import ROOT, environment, launcher
+from tests.parallel.runs import records
 
 PATIENCE = 90.0  # seconds for a run of 4 s; a failing test waits so long, a passing one does not
 
@@ -71,13 +71,12 @@ class Run:
         return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
 
     def records(self) -> list[dict[str, Any]]:
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
+        return records(self.folder)
 
-    def weights(self, step: int = 18) -> str:
-        """The hash of the weights and the optimizer's arrays after ``step`` steps."""
+    def weights(self, step: int = 18) -> tuple[str, str]:
+        """After ``step`` steps the hash of the weights, and that of them and the optimizer's arrays."""
         manifest = json.loads((self.folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
-        return str(manifest["files"]["arrays.params"]["sha256"])
+        return manifest["weights_sha256"], manifest["files"]["arrays.params"]["sha256"]
 
     def processes(self) -> list[psutil.Process]:
         """All that still runs on behalf of this run."""

@@ -1,4 +1,5 @@
-"""A hundred runs, each killed at a random moment and resumed to the end: all learn what the run never killed learned.
+"""A hundred runs, each killed at a random moment and resumed to the end with another number of ranks: all end with the
+bits of the run never killed.
 
 ``KILL_SEED=7 KILLS=1`` repeats the kill of seed 7; the seed of each kill is printed with what it chose.
 """
@@ -17,20 +18,22 @@ from tests.faults.conftest import Run
 def kill_and_resume(run: Run, seed: int, longest: float) -> str:
     """What was killed and when, in words; the run in the end is complete."""
     chance = random.Random(seed)
-    rank, moment = chance.choice(["0", "1", "all"]), chance.uniform(0.01, longest)
-    killed = run.train(2, "run.resume=auto", fault=f"alarm:{moment:.3f}:{rank}:0")
+    before, after = chance.sample([1, 2, 3], 2)
+    rank, moment = chance.choice([*map(str, range(before)), "all"]), chance.uniform(0.01, longest)
+    killed = run.train(before, "run.resume=auto", fault=f"alarm:{moment:.3f}:{rank}:0")
     run.assert_nothing_left()
     held = run.checkpoints()[-1] if (run.folder / "checkpoints").exists() and run.checkpoints() else "no checkpoint"
-    resumed = run.train(2, "run.resume=auto") if killed.code else killed
-    said = f"seed {seed}: rank {rank} killed after {moment:.3f} s, exit {killed.code}, {held}"
+    resumed = run.train(after, "run.resume=auto") if killed.code else killed
+    who = f"rank {rank} of {before}"
+    said = f"seed {seed}: {who} killed after {moment:.3f} s, exit {killed.code}, {held}; then {after} ranks"
     assert resumed.code == 0, f"{said}\n{killed.output}\n{resumed.output}"
     return said
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.fault(1, 7, 12)
-def test_a_run_killed_anywhere_ends_with_the_weights_of_the_run_never_killed(
+@pytest.mark.fault(1, 6, 7, 12)
+def test_a_run_killed_anywhere_and_resumed_with_other_ranks_ends_with_the_bits_of_the_run_never_killed(
     whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed = Run(tmp_path / "timed").train(2, fault="time:all:0:0")

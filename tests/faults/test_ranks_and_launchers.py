@@ -16,7 +16,7 @@ from tests.faults.conftest import Run, finish, wait_for_line
 @pytest.mark.fault(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", ["start:0", "step:7", "allreduce:7", "save:10", "evaluation:12"])
-def test_a_killed_rank_ends_the_run_in_time_and_the_same_command_goes_on(
+def test_a_killed_rank_ends_the_run_in_time_and_it_goes_on_to_the_same_bits(
     run: Run, whole: Run, point: str, rank: int
 ) -> None:
     where, step = point.split(":")
@@ -25,7 +25,7 @@ def test_a_killed_rank_ends_the_run_in_time_and_the_same_command_goes_on(
     assert f"Process name: {rank}\n" in ended.output
     assert "Exit code: -9" in ended.output or "Exit code: 137" in ended.output
     run.assert_nothing_left()
-    again = run.train(2, "run.resume=auto")
+    again = run.train(2 - rank, "run.resume=auto")  # with another number, or with the same
     assert again.code == 0, again.output
     assert run.weights() == whole.weights()
     assert run.records() == whole.records()
@@ -64,7 +64,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     last = run.checkpoints()[-1]
     assert f"stopped after step {int(last[5:])}," in ended.output
     assert 8 <= int(last[5:]) <= 10
-    again = run.train(2, "run.resume=auto", "checkpoint.every_steps=null")
+    again = run.train(1, "run.resume=auto", "checkpoint.every_steps=null")
     assert again.code == 0, again.output
     assert run.weights() == whole.weights()
     assert run.records() == whole.records()

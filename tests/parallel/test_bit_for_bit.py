@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,10 @@ import numpy as np
 import pytest
 from mxnet.gluon import nn
 
-from job import run_dir
 from job.checkpoints.store import decode_arrays, read
-from job.config import load_config
 from job.distributed.comm import Comm
-from job.train import train
 from tests import synthetic
-from tests.examples import MEASURED
-from tests.parallel.test_resume import cut_off_at
+from tests.parallel.runs import cut_off, records, run, sha256_of
 from tests.parallel.test_training import one_process
 
 SHORT = ["train.epochs=2", "train.log_every_steps=1", "optimizer.learning_rate=0.05"]
@@ -46,44 +41,19 @@ def with_dropout(classes: int) -> nn.HybridSequential:
     return net
 
 
-def run(comm: Comm, folder: str, overrides: list[str], resume: str = "never") -> str:
-    """Train as ``job/train.py`` does. The hash of the weights, worked out from what this rank holds."""
-    config = load_config(overrides=[*overrides, f"run.dir={folder}", f"run.resume={resume}"])
-    lock = run_dir.claim(config) if comm.rank == 0 else None
-    comm.barrier("claimed")
-    net = train(config, comm)
-    if lock:
-        lock.close()
-    digest = hashlib.sha256()
-    for name, parameter in sorted(net._collect_params_with_prefix().items()):
-        array = parameter.data().asnumpy()
-        digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def cut_off(comm: Comm, folder: str, overrides: list[str], step: int, resume: str = "never") -> None:
-    with cut_off_at(step):
-        run(comm, folder, overrides, resume=resume)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """All of metrics.jsonl but the number of ranks and what a clock has measured."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in (*MEASURED, "ranks")} for line in lines]
-
-
 def outcome(
     run_ranks: Any, folder: Path, ranks: int, overrides: list[str], controller: str = "gloo", **more: Any
 ) -> Any:
     """One hash for all ranks, and the records."""
-    hashes = run_ranks(run, ranks, controller, folder=str(folder), overrides=overrides, **more)
-    assert set(hashes) == {json.loads((folder / "summary.json").read_text())["weights_sha256"]}
-    return hashes[0], records(folder)
+    weights = run_ranks(run, ranks, controller, folder=str(folder), overrides=overrides, **more)
+    (digest,) = {sha256_of(of_rank) for of_rank in weights}
+    assert json.loads((folder / "summary.json").read_text())["weights_sha256"] == digest
+    return digest, records(folder)
 
 
 def runs(comm: Comm, folder: str, overrides: list[str], settings: dict[str, list[str]]) -> dict[str, str]:
     """Several runs by the same processes, which start only once."""
-    return {name: run(comm, f"{folder}/{name}", [*overrides, *more]) for name, more in settings.items()}
+    return {name: sha256_of(run(comm, f"{folder}/{name}", [*overrides, *more])) for name, more in settings.items()}
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +120,9 @@ def test_resumed_with_other_ranks_it_is_the_run_never_stopped(run_ranks: Any, tm
     run_ranks(cut_off, 3, folder=str(tmp_path / "cut"), overrides=overrides, step=9, resume="auto")
     assert outcome(run_ranks, tmp_path / "cut", 2, overrides, resume="auto") == alone
     final = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
-    weights = {
-        name.partition("/")[2]: array for name, array in decode_arrays(read(final).arrays).items() if "network/" in name
-    }
-    assert len(weights) == 16
+    arrays = decode_arrays(read(final).arrays)
+    weights = {name[8:]: array for name, array in arrays.items() if name.startswith("network/")}
+    assert sha256_of(weights) == alone[0]
     assert json.loads((final / "manifest.json").read_text())["weights_sha256"] == alone[0]
 
 

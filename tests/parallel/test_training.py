@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import mxnet as mx
@@ -17,8 +18,8 @@ from job.data import idx
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.networks import models
-from job.train import train
 from tests.parallel.conftest import environment, launcher
+from tests.parallel.runs import records, run
 
 Losses = list[float]
 Weights = list[np.ndarray]  # and running statistics, in the order of the layers
@@ -26,16 +27,14 @@ Weights = list[np.ndarray]  # and running statistics, in the order of the layers
 
 def losses_and_weights(comm: Comm, run_dir: str, overrides: list[str]) -> tuple[Losses, Weights]:
     """Train as ``job/train.py`` does; the loss of each step and the weights at the end, as this rank has them."""
-    config = load_config(overrides=["train.log_every_steps=1", f"run.dir={run_dir}", *overrides])
-    config.run.dir.mkdir(exist_ok=True)
-    net = train(config, comm)
-    lines = (config.run.dir / "metrics.jsonl").read_text().splitlines() if comm.rank == 0 else []
-    records = [json.loads(line) for line in lines]
-    return [record["loss"] for record in records if record["split"] == "train"], weights_of(net)
+    weights = run(comm, run_dir, ["train.log_every_steps=1", *overrides])
+    found = records(Path(run_dir)) if comm.rank == 0 else []
+    losses = [record["loss"] for record in found if record["split"] == "train"]
+    return losses, list(weights.values())
 
 
 def weights_of(net: gluon.Block) -> Weights:
-    return [parameter.data().asnumpy() for parameter in net.collect_params().values()]
+    return [parameter.data().asnumpy() for parameter in net._collect_params_with_prefix().values()]
 
 
 def one_process(overrides: list[str], steps: int, dtype: str | None = None) -> tuple[Losses, Weights]:
@@ -156,7 +155,7 @@ def test_evaluation_counts_every_test_image_once_and_is_what_plain_gluon_measure
     config, test_set = load_config(overrides=overrides), idx.load(load_config().data).test
     net = models.build(config.model)
     models.initialize(net, mx.cpu())
-    for parameter, value in zip(net.collect_params().values(), results[0][1]):
+    for parameter, value in zip(net._collect_params_with_prefix().values(), results[0][1]):
         parameter.set_data(mx.nd.array(value))
     labels = test_set.labels.astype(np.int64)
     logits = net(mx.nd.array(test_set.images[:, None] / 255.0)).asnumpy().astype(np.float64)

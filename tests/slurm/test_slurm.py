@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from tests import synthetic
+from tests.parallel.runs import weights_of_one_rank
 from tests.slurm.conftest import Job, Slurm
 
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
@@ -51,7 +52,7 @@ def test_two_tasks_on_one_node_train_and_no_secret_reaches_them(slurm: Slurm, da
         assert "secret" not in environment.values()
 
 
-def test_a_job_told_of_its_time_limit_is_requeued_and_ends_as_if_never_stopped(slurm: Slurm, data: list[str]) -> None:
+def test_a_job_told_of_its_time_limit_is_requeued_and_ends_with_the_same_bits(slurm: Slurm, data: list[str]) -> None:
     job = slurm.submit(TWO_NODES, [*data, "train.epochs=15", "checkpoint.every_steps=null"])
     job.wait_for_line("step 8/")
     assert {process.environ()["HOROVOD_CROSS_SIZE"] for process in ranks_of(job)} == {"2"}
@@ -64,7 +65,9 @@ def test_a_job_told_of_its_time_limit_is_requeued_and_ends_as_if_never_stopped(s
     assert f"going on after step {stopped_at}" in job.log
     assert 8 <= stopped_at < 90
     assert train_steps(job) == list(range(1, 91))
-    assert json.loads((job.run_dir / "summary.json").read_text())["ranks"] == 2
+    summary = json.loads((job.run_dir / "summary.json").read_text())
+    assert summary["ranks"] == 2
+    assert summary["weights_sha256"] == weights_of_one_rank(job.run_dir)
 
 
 def test_the_elements_of_an_array_each_train_and_the_last_one_alone_comes_back(slurm: Slurm, data: list[str]) -> None:
