@@ -283,7 +283,7 @@ class ModelConfig(Section):
     )
     sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each shard's")
     fuse_batch_norm: bool = Field(
-        True, description="on a CPU, compute BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
+        True, description="on a CPU, BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
     )
     dense_batch_norm: bool = Field(False, description="BatchNorm on the dense layer too (the tutorial's exercise)")
 
