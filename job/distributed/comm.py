@@ -132,10 +132,10 @@ class HorovodComm(Comm):
 
     def broadcast_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
         # As a sum with zeros: one collective for all arrays. Horovod's broadcasts, one an array, have crashed with a
-        # segmentation fault in a rank whose peer had just died.
+        # segmentation fault in a rank whose peer had just died. The zeros are negative, to leave a -0.0 its sign.
         if self.rank:
             for array in arrays:
-                array[:] = 0
+                array[:] = -np.zeros(array.shape, array.dtype)  # of the number -0.0 MXNet makes 0.0
         self.allreduce_(arrays, name)
 
     def guard(self, what: str, limit_seconds: Optional[float] = None) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ stays NaN, where MXNet's float32 operators turn it into 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mxnet as mx
@@ -16,6 +17,8 @@ import numpy as np
 
 from job.networks.compiled import compiled
 from job.networks.kernels import CpuPasses, Kept, Passes, PortablePasses, Vector, flat_shape, host_view
+
+Loop = Callable[..., None]
 
 RELU = "relu"
 RELU_MAX_POOL = "relu+max_pool"  # 2x2, stride 2; what does not fill a window is left out
@@ -35,35 +38,28 @@ def can_fuse(ctx: mx.Context, dtype: Any) -> bool:
     return bool(ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
 
 
-class ReluPasses(CpuPasses):
-    """BatchNorm and ReLU, of arrays (N, C, S)."""
+class FusedPasses(CpuPasses):
+    """BatchNorm and what follows it, by loops of which forward's writes ``kept``, and the others read it."""
+
+    def __init__(self, affine: Loop, products: Loop, combine: Loop) -> None:
+        self._affine, self._products, self._combine = affine, products, combine
 
     def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
         kept = np.empty(out.shape, np.uint8)
-        _affine_relu(x, center, scale, shift, out, kept)
+        self._affine(x, center, scale, shift, out, kept)
         return kept
 
     def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
-        sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-        _products_relu(dy, x, kept, center, sums, products)
+        sums, products = np.zeros((2, x.shape[1]))
+        self._products(dy, x, kept, center, sums, products)
         return sums, products
 
-    def combine(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        kept: Kept,
-        center: Vector,
-        a: Vector,
-        b: Vector,
-        c: Vector,
-        out: np.ndarray,
-    ) -> None:
-        _combine_relu(dy, x, kept, center, a, b, c, out)
+    def combine(self, dy: np.ndarray, x: np.ndarray, kept: Kept, *vectors_and_out: np.ndarray) -> None:
+        self._combine(dy, x, kept, *vectors_and_out)
 
 
-class ReluMaxPoolPasses(CpuPasses):
-    """BatchNorm, ReLU and 2x2 max pooling, of arrays (N, C, H, W); results are (N, C, H // 2, W // 2)."""
+class FusedPoolPasses(FusedPasses):
+    """The same of arrays (N, C, H, W); results are (N, C, H // 2, W // 2)."""
 
     def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
         return host_view(array)
@@ -71,32 +67,6 @@ class ReluMaxPoolPasses(CpuPasses):
     def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         return super().moments(x.reshape(flat_shape(x.shape, 1)))
 
-    def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
-        kept = np.empty(out.shape, np.uint8)
-        _affine_pool(x, center, scale, shift, out, kept)
-        return kept
-
-    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
-        sums, products = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-        _products_pool(dy, x, kept, center, sums, products)
-        return sums, products
-
-    def combine(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        kept: Kept,
-        center: Vector,
-        a: Vector,
-        b: Vector,
-        c: Vector,
-        out: np.ndarray,
-    ) -> None:
-        _combine_pool(dy, x, kept, center, a, b, c, out)
-
-
-_PLAIN, _PORTABLE = CpuPasses(), PortablePasses()
-_FUSED = {RELU: ReluPasses(), RELU_MAX_POOL: ReluMaxPoolPasses()}
 
 _compiled = compiled(reorders_sums=True)
 
@@ -199,3 +169,10 @@ def _combine_pool(dy, x, kept, center, a, b, c0, out):  # type: ignore[no-untype
                     place = kept[n, c, i, j]
                     if place < _NOWHERE:
                         out[n, c, 2 * i + (place >> 1), 2 * j + (place & 1)] += a_c * dy[n, c, i, j]
+
+
+_PLAIN, _PORTABLE = CpuPasses(), PortablePasses()
+_FUSED = {
+    RELU: FusedPasses(_affine_relu, _products_relu, _combine_relu),
+    RELU_MAX_POOL: FusedPoolPasses(_affine_pool, _products_pool, _combine_pool),
+}

@@ -32,13 +32,13 @@ def test_bytes_and_text_reach_every_rank(run_ranks: Any, size: int) -> None:
 
 
 def broadcast(comm: Comm) -> Any:
-    odd = [0.1, -3e38, 1e-40] if comm.rank == 0 else [float("nan"), float("inf"), 7.0]
+    odd = [0.1, -3e38, 1e-40, -0.0] if comm.rank == 0 else [float("nan"), float("inf"), 7.0, 1.0]
     arrays = [mx.nd.array(odd, dtype="float32"), mx.nd.full((2, 2), comm.rank + 0.1, dtype="float64")]
     comm.broadcast_(arrays, "arrays")
     return [array.asnumpy() for array in arrays]
 
 
 def test_a_broadcast_leaves_the_bits_of_rank_0_whatever_the_others_held(run_ranks: Any) -> None:
-    expected = [np.array([0.1, -3e38, 1e-40], np.float32), np.full((2, 2), 0.1)]
+    expected = [np.array([0.1, -3e38, 1e-40, -0.0], np.float32), np.full((2, 2), 0.1)]
     for arrays in run_ranks(broadcast, 3):
         assert [array.tobytes() for array in arrays] == [array.tobytes() for array in expected]
