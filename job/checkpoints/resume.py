@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, decode_state, read
 from job.config import Config, fields
 from job.errors import CheckpointError, UsageError
-from job.fitness.facts import versions
+from job.fitness.facts import commit, versions
 from job.run_dir import CHECKPOINTS
 
 if TYPE_CHECKING:  # for check(), which runs before anything that takes long to import
@@ -87,6 +87,7 @@ class Checkpoints:
         self._comm = comm
         self._config = config
         self._identity = identity
+        self._code = {"versions": versions(), "commit": commit()} if writer else {}
 
     def resume(self, state: RunState) -> None:
         """Load the checkpoint that ``run.resume`` asks for into ``state``; write the first one if there is none.
@@ -109,7 +110,7 @@ class Checkpoints:
         arrays, values = state.state_dict()
         step = state.learner.steps
         if self._writer:
-            described = {"config": self._identity, "versions": versions(), "ranks": self._comm.size, "parts": values}
+            described = {"config": self._identity, "ranks": self._comm.size, **self._code, "parts": values}
             self._writer.write(step, arrays, described, state.recorder.score(step))
 
     @property

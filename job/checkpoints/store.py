@@ -18,13 +18,13 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from job import storage
-from job.errors import CheckpointError
+from job.errors import CheckpointError, UsageError
 from job.run_dir import CHECKPOINT, UNFINISHED, finite
 
 if TYPE_CHECKING:  # whoever only looks for a checkpoint need not wait for their import
@@ -85,7 +85,7 @@ class Store:
             files = {ARRAYS: encode_arrays(arrays), STATE: encode_state(state)}
             for name, content in files.items():
                 _write(temporary / name, content)
-            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(_network(arrays))))
+            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(network_of(arrays))))
             storage.sync_folder(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)
@@ -118,6 +118,26 @@ class Store:
             )
         return None
 
+    def choose(self, which: str) -> Path:
+        """The checkpoint that is called ``last``, ``best`` (the highest score) or by its step. Nothing of it is read.
+
+        Raises:
+            UsageError: there is none that is called so.
+        """
+        paths = self.paths()
+        named = {"last": paths[0] if paths else None, "best": _best(paths)}
+        found = named.get(which) or next((path for path in paths if which == str(_step_of(path))), None)
+        if found:
+            return found
+        steps = ", ".join(str(_step_of(path)) for path in reversed(paths))
+        if not paths:
+            raise UsageError(f"{self.folder}: holds no checkpoint")
+        if which == "best":
+            raise UsageError(
+                f"{self.folder}: no checkpoint has a test accuracy yet, so none is best; there are {steps}"
+            )
+        raise UsageError(f"{self.folder}: no checkpoint after step {which}; there are {steps}, and last and best")
+
     def tidy(self, last_step: int) -> None:
         """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
@@ -126,8 +146,7 @@ class Store:
 
     def _retain(self) -> None:
         paths = self.paths()
-        scores = {path: score for path in paths if (score := _score(path)) is not None}
-        best = max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
+        best = _best(paths)
         for path in paths[self._keep :]:
             if path != best:
                 self._remove_old(path)
@@ -220,7 +239,8 @@ def weights_sha256(weights: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _network(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def network_of(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of a checkpoint's arrays the weights and running statistics, by their place in the network."""
     return {name[len("network/") :]: array for name, array in arrays.items() if name.startswith("network/")}
 
 
@@ -306,7 +326,14 @@ def _read(file: Path) -> bytes:
         raise Damaged(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _score(path: Path) -> Any:
+def _best(paths: Sequence[Path]) -> Optional[Path]:
+    """The one with the highest score, the first of equals; None if none has any."""
+    scores = {path: score for path in paths if (score := score_of(path)) is not None}
+    return max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
+
+
+def score_of(path: Path) -> Any:
+    """The score of a checkpoint, None if it has none or is damaged."""
     try:
         return _read_manifest(path)["score"]
     except (Damaged, KeyError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Description:
     shape: tuple[int, int, int]  # of an image: channels, height, width
     mean: tuple[float, ...] = (0.0,)  # of each channel, or of all channels
     std: tuple[float, ...] = (1.0,)
+    ground: Optional[str] = None  # "dark" where each picture shows a light thing on a dark ground; None: unknown
 
     @property
     def scales_only(self) -> bool:
@@ -34,7 +35,8 @@ class Description:
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> Description:
         """What ``dataset.json`` in a run's folder holds."""
-        return Description(*(tuple(values[name]) for name in ("classes", "shape", "mean", "std")))
+        classes, shape, mean, std = (tuple(values[name]) for name in ("classes", "shape", "mean", "std"))
+        return Description(classes, shape, mean, std, values.get("ground"))
 
 
 class Split(NamedTuple):
@@ -55,4 +57,5 @@ class Dataset(NamedTuple):
 FASHION_MNIST = Description(
     ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     (1, 28, 28),
+    ground="dark",
 )
