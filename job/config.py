@@ -117,6 +117,7 @@ class RunConfig(Section):
     overwrite: bool = Field(False, description="replace the run that run.dir already holds")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the first weights and of the order of samples")
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: the local rank's GPU, or the CPU if none")
+    deterministic: bool = Field(True, description="have GPUs repeat their bits (not tested)")
     resume: str = Field(
         "never", min_length=1, description="auto: continue the run in run.dir; PATH: from that checkpoint; never"
     )

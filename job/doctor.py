@@ -78,6 +78,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
         checks.horovodrun(
             _resolved(shutil.which("horovodrun")), str(Path(sys.prefix).resolve() / "bin" / "horovodrun")
         ),
+        checks.processor(known["processor"]),
         checks.cores(ranks, cores()),
         checks.threads(asked_threads(), ranks, cores()),
         checks.shared_memory(facts.disk(Path("/dev/shm")), ranks, on_gpus),
@@ -93,6 +94,7 @@ def examine(config: Config, ranks: Optional[int]) -> tuple[dict[str, Any], list[
     ]
     if on_gpus:
         found += [checks.gpu_per_rank(ranks, gpus), checks.driver(gpus), checks.gpu_computes(facts.mxnet_on_gpus())]
+        found.append(checks.deterministic(os.environ, config.run.deterministic))
         found += [] if horovod.error else [checks.nccl(horovod)]
     clocks.append((time.time(), time.monotonic()))
     found += [checks.clock(*zip(*clocks)), checks.environment(os.environ)]

@@ -18,13 +18,15 @@ if __name__ == "__main__":
 
 from job import command
 from job.cli import parse, require_samples, settle_shards
-from job.distributed.placement import placement, share_cores
+from job.distributed.placement import enforce_determinism, placement, share_cores
 from job.quick_import import quicken
 
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
     quicken()
     asked = command.attempt(parse)  # whoever has made a mistake need not wait for all that follows
+    if asked.run.deterministic:
+        enforce_determinism()  # before MXNet is imported, too
 
 from mxnet import Context
 from mxnet.gluon import HybridBlock
@@ -40,6 +42,7 @@ from job.distributed.comm import Comm, connect, peer_errors
 from job.distributed.device import choose_device, seed_everything
 from job.distributed.preemption import Preemption
 from job.errors import Preempted
+from job.fitness import preflight
 from job.monitoring.profiler import Profiler
 from job.monitoring.recorder import Recorder
 from job.monitoring.tensorboard import Subject
@@ -53,8 +56,9 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
     """The data, once every node has it; how it is cut into batches; and the configuration with the shards of these."""
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
         dataset = formats.load(config.data)
-        comm.barrier("data")
+        conditions = comm.gather_text(preflight.conditions(), "data")  # by which all have it
     if comm.rank == 0:
+        preflight.tell(preflight.compare(conditions))
         run_dir.write_whole(config.run.dir / run_dir.DATASET, dataset.about.to_json())
     sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
     require_samples(config, comm.size, sampler.smallest_batch)

@@ -21,13 +21,16 @@ if TYPE_CHECKING:  # for check(), which runs before anything that takes long to 
 # What may differ: it changes where and how fast a run learns, but not what. A run may be made longer; with a cosine
 # schedule that changes what it learns.
 _FREE = {
-    "run.dir", "run.overwrite", "run.device", "run.resume", "run.resume_ignoring", "run.on_nonfinite",
-    "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps", "train.log_every_steps",
+    "run.dir", "run.overwrite", "run.device", "run.deterministic", "run.resume", "run.resume_ignoring",
+    "run.on_nonfinite", "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps",
+    "train.log_every_steps",
     "data.dir", "data.cache_dir", "data.mirrors", "data.batch_per_rank", "data.test_batch_per_rank",
     "data.download_timeout_seconds", "data.download_attempts", "data.lock_timeout_seconds", "checkpoint.every_steps",
     "checkpoint.keep",
 }  # fmt: skip
 _LENGTH = {"train.epochs", "train.max_steps"}
+# What a run did before these keys were there, where that is not their default.
+_BEFORE = {"model.fuse_batch_norm": False}
 
 
 def identity(config: Config, ranks: int, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def differences(of: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What keeps a run of identity ``of`` from going on as ``now``, a key a line; nothing if the list is empty."""
     free = {*(_FREE - _LENGTH if now["schedule.name"] == "cosine" else _FREE), *now["run.resume_ignoring"]}
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields()}
-    was = {**defaults, **of}  # a key that was not there yet had the effect of its default
+    was = {**defaults, **_BEFORE, **of}  # a key that was not there yet mostly had the effect of its default
     return [
         f"{key}: {was[key]} there, {now.get(key)} now" for key in was if key not in free and was[key] != now.get(key)
     ]

@@ -18,6 +18,14 @@ _HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
 _ASKED_THREADS = "JOB_ASKED_OMP_NUM_THREADS"
+# What has a GPU compute the same bits each time, as far as MXNet's, cuDNN's and cuBLAS's documentation goes.
+DETERMINISTIC = {
+    "MXNET_ENFORCE_DETERMINISM": "1",  # of cuDNN only algorithms that are
+    "MXNET_CUDNN_AUTOTUNE_DEFAULT": "0",  # or each rank takes what a clock says is the fastest
+    "MXNET_CUDA_ALLOW_TENSOR_CORE": "0",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # with several streams
+}
 _MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
@@ -87,6 +95,12 @@ def share_cores() -> None:
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "64")  # or operators wait for one another's scratch memory
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def enforce_determinism() -> None:
+    """Ask for GPUs that repeat their bits. What the user has set in the environment stands. Not tested on a GPU."""
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
 
 
 def asked_threads() -> Optional[str]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from job.config import Config
 from job.distributed import search_path
+from job.distributed.placement import DETERMINISTIC
 from job.fitness.facts import Answer, Data, Disk, Gpus
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -137,6 +139,31 @@ def horovodrun(found: str | None, expected: str) -> Check:
     if found != expected:
         return Check("horovodrun", "warn", f"{found} is first on PATH, not {expected}", remedy)
     return Check("horovodrun", "ok", f"{found}, of this environment")
+
+
+def processor(found: str) -> Check:
+    """``found`` as of :func:`job.fitness.facts.processor`. By it MXNet chooses its kernels, and so how they round."""
+    return Check("processor", "ok", found)
+
+
+def unlike_processors(found: Sequence[str]) -> dict[int, str]:
+    """How processors differ from the most frequent one, of equally frequent ones the first; by place, the odd alone.
+
+    ``found`` as of :func:`job.fitness.facts.processor`.
+    """
+    if len(set(found)) < 2:
+        return {}
+    usual = Counter(found).most_common(1)[0][0]
+    return {place: _unlike(own, usual) for place, own in enumerate(found) if own != usual}
+
+
+def _unlike(own: str, usual: str) -> str:
+    (model, _, has), (usual_model, _, usually) = (text.rpartition(": ") for text in (own, usual))
+    without = [name for name in usually.split() if name not in has.split()]
+    beside = [name for name in has.split() if name not in usually.split()]
+    words = [model, f"without {' '.join(without)}" if without else "", f"with {' '.join(beside)}" if beside else ""]
+    others = "unlike the others" if model == usual_model else f"where the others have {usual_model}"
+    return f"{' '.join(filter(None, words))}, {others}"
 
 
 def cores(ranks: int, available: int) -> Check:
@@ -332,6 +359,15 @@ def gpu_per_rank(ranks: int, gpus: Gpus) -> Check:
     if ranks > len(gpus.cards):
         return Check("gpu per rank", "fail", message, "start at most one rank per GPU, or set run.device=cpu")
     return Check("gpu per rank", "ok", message)
+
+
+def deterministic(environment: Mapping[str, str], wanted: bool) -> Check:
+    """``wanted`` is ``run.deterministic``. What the user has set in the environment stands against it."""
+    against = [f"{k}={environment[k]}" for k, v in DETERMINISTIC.items() if environment.get(k, v) != v]
+    if wanted and against:
+        message = f"{', '.join(against)} in the environment: a GPU may not repeat its bits"
+        return Check("deterministic", "warn", message, "unset it, or say run.deterministic=false")
+    return Check("deterministic", "ok", f"run.deterministic={str(wanted).lower()}; not tested on a GPU")
 
 
 def driver(gpus: Gpus) -> Check:

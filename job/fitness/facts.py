@@ -39,6 +39,13 @@ PACKAGES = (
     "mxnet", "mxnet-cu112", "horovod", "openmpi", "numpy", "numba", "pydantic", "pyyaml", "tensorboardX",
     "nvidia-cuda-runtime-cu11", "nvidia-cuda-nvrtc-cu11", "nvidia-cublas-cu11", "nvidia-cudnn-cu11", "nvidia-nccl-cu11",
 )  # fmt: skip
+# Those whose other release may round otherwise.
+ARITHMETIC = ("mxnet", "mxnet-cu112", "numpy", "numba")
+# What oneDNN, OpenBLAS and numba choose their code by, as Linux spells it.
+INSTRUCTIONS = (
+    "sse4_1", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
+    "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+)  # fmt: skip
 SECONDS = 10.0  # the longest wait for a disk, a name server, git
 PROBE_SECONDS = 120.0  # for an import: the first one after a boot reads some 100 MB from a disk that may be far away
 GPU_SECONDS = 30.0  # nvidia-smi wakes a sleeping driver, which takes seconds; a wedged one never answers
@@ -92,6 +99,7 @@ def collect(disk: Disk, data: Data) -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         "packages": packages(),
+        "processor": processor(),
         "free_disk_bytes": disk.free_bytes,
         "data": bool(data.folders),
         "interfaces": interfaces(),
@@ -125,6 +133,19 @@ def versions() -> dict[str, str | None]:
     found = packages(("mxnet", "mxnet-cu112", "horovod", "numpy"))
     mxnet = found.get("mxnet", found.get("mxnet-cu112"))
     return {"mxnet": mxnet, "horovod": found.get("horovod"), "numpy": found.get("numpy")}
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """``MODEL: INSTRUCTIONS``, those of INSTRUCTIONS that it has; ``unknown: `` where that cannot be read."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError), open(cpuinfo, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():  # the other cores are the same
+                break
+            name, _, value = line.partition(":")
+            found[name.strip()] = value.strip()
+    has = found.get("flags", "").split()
+    return f"{found.get('model name', 'unknown')}: {' '.join(name for name in INSTRUCTIONS if name in has)}"
 
 
 def left_in_shared_memory(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from job.config import Config
@@ -29,7 +30,7 @@ def check(config: Config) -> list[Check]:
     compiler = checks.compiler(os.environ.get("NUMBA_DISABLE_JIT"))
     found = [gpu, checks.cores(ranks, cores()), threads, compiler]
     if on_gpus:
-        found.append(checks.driver(gpus))
+        found += [checks.driver(gpus), checks.deterministic(os.environ, config.run.deterministic)]
     if placement().rank == 0:
         found.append(checks.disk(facts.disk(config.run.dir), config))
     if placement().size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
@@ -40,6 +41,34 @@ def check(config: Config) -> list[Check]:
     for failed in (check for check in found if check.status == "fail"):
         raise (UsageError if failed is gpu else JobError)(failed.sentence)
     return [check for check in found if check.status == "warn"]
+
+
+def conditions() -> str:
+    """What ranks must have alike for the same bits, a line each, the processor first."""
+    versions = facts.packages(facts.ARITHMETIC)
+    return "\n".join([facts.processor(), *(f"{name} {version}" for name, version in versions.items())])
+
+
+def compare(found: Sequence[str]) -> list[Check]:
+    """What differs between ranks, a warning for all that differ in the same way.
+
+    Args:
+        found: the :func:`conditions` of each rank, in their order.
+    """
+    processors, packages = zip(*(text.partition("\n")[::2] for text in found))
+    unlike = {rank: [message] for rank, message in checks.unlike_processors(processors).items()}
+    for rank, own in enumerate(packages):
+        if own != packages[0]:
+            theirs, ours = (", ".join(text.splitlines()) for text in (packages[0], own))
+            unlike.setdefault(rank, []).append(f"{ours}, where rank 0 has {theirs}")
+    ranks_by_message: dict[str, list[int]] = {}
+    for rank, messages in unlike.items():
+        ranks_by_message.setdefault("; ".join(messages), []).append(rank)
+    remedy = "bits may depend on which rank computes what: use one kind of machine, see docs/bit_for_bit.md#conditions"
+    return [
+        Check("alike", "warn", f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {message}", remedy)
+        for message, ranks in ranks_by_message.items()
+    ]
 
 
 def tell(warnings: list[Check]) -> None:

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, Optional
 
 from rich.table import Table
 
+from job.fitness.checks import unlike_processors
+
 _CLOCK_WARNING_SECONDS = 5.0
 _NO_DIRECTORY, _NO_COMMAND = 90, (126, 127)
 
-_FACTS = {"commit", "python", "packages", "free_disk_bytes", "data", "interfaces", "clock_unix_seconds"}
+_FACTS = {"commit", "python", "packages", "processor", "free_disk_bytes", "data", "interfaces", "clock_unix_seconds"}
 
 # It goes over standard input: a login shell that is csh takes no newline in a quoted word, and `!` for history.
 #
@@ -204,6 +206,7 @@ def judge(answers: Sequence[Answer], root: Path) -> list[Problem]:
         *_aliases(there),
         *_odd_commits(there, root),
         *_odd_packages(there, root),
+        *_odd_processors(there),
         *_misplaced_checkpoints(answers),
         *_clocks(there),
     ]
@@ -258,6 +261,12 @@ def _odd_packages(answers: Sequence[Answer], root: Path) -> Iterator[Problem]:
                     f"{name} {version}, where the others have {usual}",
                     f"run {root}/launch/setup.sh on {answer.host}",
                 )
+
+
+def _odd_processors(answers: Sequence[Answer]) -> Iterator[Problem]:
+    for place, message in unlike_processors([answer.facts["processor"] for answer in answers]).items():
+        remedy = "bits may depend on which host computes what: use one kind of machine for the same bits"
+        yield Problem(answers[place].host, "processor", message, remedy, warning=True)
 
 
 def _misplaced_checkpoints(answers: Sequence[Answer]) -> Iterator[Problem]:

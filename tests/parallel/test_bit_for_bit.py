@@ -21,6 +21,7 @@ SETTINGS = {
     "eight shards": [],
     "one shard": ["data.shards=1"],
     "three shards": ["data.shards=3", "data.global_batch=50"],
+    "a batch that shards do not divide": ["data.global_batch=250"],
     "accumulation, clipping, smoothing, adam": [
         "train.accumulate_steps=2", "train.clip_gradient_norm=0.5", "train.label_smoothing=0.1", "optimizer.name=adam",
         "optimizer.learning_rate=0.001",

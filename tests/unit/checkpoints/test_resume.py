@@ -77,6 +77,12 @@ def test_a_key_that_was_not_there_yet_had_the_effect_of_its_default() -> None:
     assert differences(before, of("train.label_smoothing=0.1")) == ["train.label_smoothing: 0.0 there, 0.1 now"]
 
 
+def test_a_run_begun_before_batch_norm_was_fused_does_not_go_on_with_other_bits() -> None:
+    before = {key: value for key, value in of().items() if key != "model.fuse_batch_norm"}
+    assert differences(before, of()) == ["model.fuse_batch_norm: False there, True now"]
+    assert differences(before, of("model.fuse_batch_norm=false")) == []
+
+
 def write(folder: Path, *overrides: str) -> None:
     Store(folder / "checkpoints", 5).write(7, {}, {"config": of(*overrides), "parts": {}})
 

@@ -11,7 +11,15 @@ import pytest
 
 from job.distributed import placement as placement_module
 from job.distributed.comm import connect
-from job.distributed.placement import Placement, asked_threads, cores, placement, share_cores
+from job.distributed.placement import (
+    DETERMINISTIC,
+    Placement,
+    asked_threads,
+    cores,
+    enforce_determinism,
+    placement,
+    share_cores,
+)
 from job.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -142,6 +150,12 @@ def test_ranks_that_have_no_core_to_spare_do_not_spin_while_they_wait(
     with_cores(monkeypatch, cores)
     share_cores()
     assert (("OMPI_MCA_mpi_yield_when_idle", "1") in os.environ.items()) == yields
+
+
+def test_determinism_is_asked_of_gpus_and_what_the_user_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"MXNET_CUDNN_AUTOTUNE_DEFAULT": "1"})
+    enforce_determinism()
+    assert os.environ == {**DETERMINISTIC, "MXNET_CUDNN_AUTOTUNE_DEFAULT": "1"}
 
 
 def test_a_process_alone_takes_all_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,13 @@ CASES: dict[str, tuple[Check, str, list[str]]] = {
     ),
     "driver of the first CUDA 11": (checks.driver(cards((8, 0), driver="450.80.02")), "warn", ["MXNET_USE_FUSION=0"]),
     "driver before CUDA 11": (checks.driver(cards((7, 0), driver="450.51.06")), "fail", ["450.51.06", "450.80.02"]),
+    "a processor": (checks.processor("Xeon: avx2 fma"), "ok", ["Xeon: avx2 fma"]),
+    "GPUs that repeat their bits": (checks.deterministic({}, True), "ok", ["run.deterministic=true", "not tested"]),
+    "GPUs that need not": (checks.deterministic({"NVIDIA_TF32_OVERRIDE": "1"}, False), "ok", ["false"]),
+    "GPUs that are kept from it": (
+        checks.deterministic({"NVIDIA_TF32_OVERRIDE": "1", "MXNET_CUDNN_AUTOTUNE_DEFAULT": "0"}, True), "warn",
+        ["NVIDIA_TF32_OVERRIDE=1 in", "unset it"],
+    ),
     "NCCL": (checks.nccl(answer(HOROVOD, nccl=22105)), "ok", ["NCCL 2.21.5"]),
     "NCCL before 2.9": (checks.nccl(answer(HOROVOD, nccl=2804)), "ok", ["NCCL 2.8.4"]),
     "no NCCL": (checks.nccl(answer(HOROVOD)), "warn", ["without NCCL", "launch/setup.sh --gpu"]),
@@ -174,7 +181,7 @@ def test_every_check_is_seen_both_ok_and_not_ok() -> None:
     verdicts: dict[str, set[bool]] = {}
     for check, _, _ in CASES.values():
         verdicts.setdefault(check.name, set()).add(check.status == "ok")
-    assert {name for name, seen in verdicts.items() if seen != {True, False}} == {"environment"}  # a note
+    assert {name for name, seen in verdicts.items() if seen != {True, False}} == {"environment", "processor"}  # notes
 
 
 # NVIDIA's list of compute capabilities; what the wheel's code (5.0, 6.0, 7.0, 8.0, 8.6) runs on, by NVIDIA's rule of

@@ -43,6 +43,18 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     return make
 
 
+# --- the processor
+
+
+def test_a_processor_is_its_model_and_those_instructions_that_arithmetic_is_chosen_by(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    core = "processor\t: {}\nmodel name\t: Intel(R) Xeon(R) Gold\nflags\t\t: fpu avx2 sse4_1 ht avx512f {}\n\n"
+    cpuinfo.write_text(core.format(0, "fma") + core.format(1, "amx_tile"))
+    assert facts.processor(cpuinfo) == "Intel(R) Xeon(R) Gold: sse4_1 avx2 fma avx512f"
+    assert facts.processor(tmp_path / "none") == "unknown: "
+    assert not facts.processor().startswith("unknown")
+
+
 # --- GPUs
 
 TWO_CARDS = """

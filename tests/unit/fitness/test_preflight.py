@@ -168,3 +168,12 @@ def test_a_host_whose_name_has_no_address_is_refused_where_gloo_would_crash(
             preflight.check(load_config(None, []))
     else:
         preflight.check(load_config(None, []))
+
+
+def test_ranks_that_may_round_otherwise_are_named_once_for_each_way() -> None:
+    alike = "Xeon: avx2 avx512f\nmxnet 1.9.1"
+    found = [alike, alike, "Xeon: avx2\nmxnet 1.9.1", "Xeon: avx2\nmxnet 1.9.1", "Xeon: avx2 avx512f\nmxnet 1.9.0"]
+    first, second = (warning.sentence for warning in preflight.compare(found))
+    assert first.startswith("ranks 2, 3: Xeon without avx512f, unlike the others; bits may depend")
+    assert second.startswith("rank 4: mxnet 1.9.0, where rank 0 has mxnet 1.9.1; bits may depend")
+    assert preflight.compare([alike, alike]) == preflight.compare([alike]) == []

@@ -33,6 +33,7 @@ FACTS = {
     "commit": "a" * 40,
     "python": "3.11.7",
     "packages": {"mxnet": "1.9.1", "numpy": "1.23.5"},
+    "processor": "Xeon: avx2 avx512f",
     "free_disk_bytes": 61e9,
     "data": True,
     "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
@@ -315,3 +316,9 @@ def test_the_table_has_a_line_a_host_and_tells_good_from_bad() -> None:
     assert "to fetch" in lines["b"]
     assert "no" in lines["c"]
     assert "\x1b[31mbbbbbbbbbb" in console.export_text(styles=True)
+
+
+def test_a_host_with_another_processor_is_named_as_a_warning() -> None:
+    problems = judge([answer("a"), answer("b", processor="Opteron: avx2"), answer("c")], ROOT)
+    assert [(problem.host, problem.field, problem.warning) for problem in problems] == [("b", "processor", True)]
+    assert "Opteron without avx512f, where the others have Xeon" in str(problems[0])
