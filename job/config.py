@@ -286,6 +286,9 @@ class ModelConfig(Section):
     fuse_batch_norm: bool = Field(
         True, description="on a CPU, BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
     )
+    direct_convolution: bool = Field(
+        True, description="on a CPU, our own convolution where channels are no multiple of 16: faster"
+    )
     dense_batch_norm: bool = Field(False, description="BatchNorm on the dense layer too (the tutorial's exercise)")
 
     @model_validator(mode="after")

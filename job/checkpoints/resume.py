@@ -30,7 +30,7 @@ _FREE = {
 }  # fmt: skip
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What a run did before these keys were there, where that is not their default.
-_BEFORE = {"model.fuse_batch_norm": False}
+_BEFORE = {"model.fuse_batch_norm": False, "model.direct_convolution": False}
 
 
 def identity(config: Config, ranks: int, digests: Mapping[str, str]) -> dict[str, Any]:

@@ -25,9 +25,6 @@ from __future__ import annotations
 import atexit
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 import mxnet as mx
@@ -37,6 +34,7 @@ from job.distributed.comm import Comm
 from job.errors import PeerLostError
 from job.networks.fused import RELU_MAX_POOL, passes_for
 from job.networks.kernels import Kept, Passes
+from job.networks.operators import side_by_side, write
 
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
 # outlive whoever made it.
@@ -195,7 +193,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
             gamma = np.ones_like(gamma)
 
         if is_train:
-            rows = np.stack(_side_by_side(lambda k: _row(xs[k], *passes.moments(xs[k])), range(n)))
+            rows = np.stack(side_by_side(lambda k: _row(xs[k], *passes.moments(xs[k])), range(n)))
             totals = self._group.total(f"{self._layer}.forward", rows)
             saved = self._statistics(totals[:1] if self._group.synchronize else totals, gamma)
             self._update_running(passes, saved, aux)
@@ -213,9 +211,9 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
                 own_center, own_scale, own_shift = vectors[k]
                 self._kept[k] = passes.affine(xs[k], own_center, own_scale, own_shift, y)
 
-            _write(req[k], ys[k], compute)
+            write(req[k], ys[k], compute)
 
-        _side_by_side(normalize, range(n))
+        side_by_side(normalize, range(n))
 
     def backward(
         self,
@@ -234,7 +232,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
         )
         centers = self._of_each_shard(saved.center)
 
-        found = _side_by_side(lambda k: passes.products(dys[k], xs[k], kept[k], *centers[k]), range(n))
+        found = side_by_side(lambda k: passes.products(dys[k], xs[k], kept[k], *centers[k]), range(n))
         dbeta, product = (np.stack(vectors) for vectors in zip(*found))
         product -= (saved.mean - saved.center) * dbeta
         dgamma = np.zeros_like(product) if self._fix_gamma else product * saved.inverse_std
@@ -254,9 +252,9 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
 
         def combine(k: int) -> None:
             center, scale, own_b, own_c = vectors[k]
-            _write(req[k], dxs[k], lambda dx: passes.combine(dys[k], xs[k], kept[k], center, scale, own_b, own_c, dx))
+            write(req[k], dxs[k], lambda dx: passes.combine(dys[k], xs[k], kept[k], center, scale, own_b, own_c, dx))
 
-        _side_by_side(combine, range(n))
+        side_by_side(combine, range(n))
 
     def _statistics(self, totals: np.ndarray, gamma: np.ndarray) -> _Statistics:
         first, second, count = np.split(totals, [len(gamma), 2 * len(gamma)], axis=1)
@@ -298,30 +296,3 @@ def _row(x: Any, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:
     """Of a shard: n mean, M2 + n mean^2, n."""
     count = math.prod(x.shape) // x.shape[1]
     return np.concatenate([count * mean, m2 + count * mean * mean, [count]])
-
-
-def _write(req: str, target: Any, compute: Callable[[Any], Any]) -> None:
-    """Let ``compute`` write into ``target`` as MXNet requests: not at all, over what is there, or added to it."""
-    if req == "null":
-        return
-    before = target.copy() if req == "add" else None
-    compute(target)
-    if before is not None:
-        target += before
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="batch_norm")
-
-
-def _side_by_side(function: Callable[[Any], Any], shards: Iterable[Any]) -> list[Any]:
-    """``function`` of each shard, on as many threads as MXNet computes operators with."""
-    shards = list(shards)
-    threads = min(len(shards), int(os.environ.get("MXNET_CPU_WORKER_NTHREADS") or 1))
-    if threads == 1:
-        return [function(one) for one in shards]
-    try:
-        return list(_pool(threads).map(function, shards))
-    except RuntimeError:  # a backward that nobody waited for, while the interpreter ends and takes no more work
-        return [function(one) for one in shards]

@@ -21,6 +21,7 @@ from mxnet import autograd, gluon
 
 from job.errors import UsageError
 from job.networks.batch_norm_operator import Group
+from job.networks.convolution_operator import DIRECT, is_better_direct
 from job.networks.fused import RELU, RELU_MAX_POOL
 
 _BATCH_NORMS = {"BatchNorm", "_contrib_SyncBatchNorm", "_contrib_BatchNormWithReLU"}
@@ -61,19 +62,20 @@ def shard(name: str, index: int) -> str:
     return f"{name}@{index}"
 
 
-def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group, fuse: bool = False) -> Graph:
+def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group, fuse: bool = False, direct: bool = False) -> Graph:
     """Write ``symbol`` for ``count`` shards.
 
     Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one. With
     ``fuse``, ReLU and max pooling behind a BatchNorm become part of its operator (:mod:`job.networks.fused`), where
-    nothing else reads what lies between.
+    nothing else reads what lies between. With ``direct``, convolutions that loops of our own compute sooner are one
+    operator for all shards (:mod:`job.networks.convolution`).
 
     Raises:
         UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
     """
     traced = json.loads(symbol.tojson())
     tails = _tails(traced["nodes"], traced["heads"]) if fuse else {}
-    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), tails)
+    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), tails, direct)
     for index in range(len(traced["nodes"])):
         writer.write(index)
     return writer.graph(traced["heads"], traced["attrs"])
@@ -132,13 +134,20 @@ def _is_small_max_pool(node: dict[str, Any]) -> bool:
 
 class _Writer:
     def __init__(
-        self, nodes: list[dict[str, Any]], count: int, group: Group, states: set[str], tails: dict[int, _Tail]
+        self,
+        nodes: list[dict[str, Any]],
+        count: int,
+        group: Group,
+        states: set[str],
+        tails: dict[int, _Tail],
+        direct: bool,
     ) -> None:
         self._nodes = nodes
         self._count = count
         self._group = group
         self._states = states
         self._tails = tails
+        self._direct = direct
         self._absorbed = {member for tail in tails.values() for member in tail.nodes}
         self._written: list[dict[str, Any]] = []
         self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (node, shard) -> (written node, its first output)
@@ -155,6 +164,8 @@ class _Writer:
             self._batch_norm(index, node)
         elif operator == "Dropout":
             self._dropout(index, node)
+        elif self._direct and is_better_direct(node):
+            self._convolution(index, node)
         elif operator == "null" and node["name"] in self._states:
             place = self._add(node)
             self._places.update({(index, k): (place, 0) for k in range(self._count)})
@@ -203,6 +214,14 @@ class _Writer:
                 relu = {"op": "Activation", "name": shard(f"{node['name']}_relu", k), "attrs": {"act_type": "relu"}}
                 self._places[index, k] = (self._add(relu, [[place, k, 0]]), 0)
 
+    def _convolution(self, index: int, node: dict[str, Any]) -> None:
+        options = ("num_filter", "kernel", "pad", "no_bias")
+        kept = {name: value for name, value in node["attrs"].items() if name in options}
+        inputs = [self._entry(source, k) for source in node["inputs"] for k in range(self._count)]
+        attributes = {"op_type": DIRECT, "shards": str(self._count), **kept}
+        place = self._add({"op": "Custom", "name": node["name"], "attrs": attributes}, inputs)
+        self._places.update({(index, k): (place, k) for k in range(self._count)})
+
     def _dropout(self, index: int, node: dict[str, Any]) -> None:
         attributes = node.get("attrs", {})
         axes = tuple(json.loads(attributes.get("axes", "[]").replace("(", "[").replace(",)", "]").replace(")", "]")))
@@ -244,17 +263,23 @@ class ShardedNetwork:
         symbol: what is computed of a shard: the network's output, or a loss made of it.
         inputs: the names of those arguments of ``symbol`` that are no parameters.
         group: whose statistics are shared; it says how many shards this rank has.
-        fuse: see :func:`write_sharded`; only where :func:`job.networks.fused.can_fuse` allows it.
+        fuse, direct: see :func:`write_sharded`; only where :func:`job.networks.fused.can_fuse` allows it.
 
     Raises:
         UsageError: the network cannot be trained shard by shard (:func:`write_sharded`).
     """
 
     def __init__(
-        self, net: gluon.HybridBlock, symbol: mx.sym.Symbol, inputs: Sequence[str], group: Group, fuse: bool = False
+        self,
+        net: gluon.HybridBlock,
+        symbol: mx.sym.Symbol,
+        inputs: Sequence[str],
+        group: Group,
+        fuse: bool = False,
+        direct: bool = False,
     ) -> None:
         self.count = len(group.own)
-        self.graph = write_sharded(symbol, self.count, group, fuse)
+        self.graph = write_sharded(symbol, self.count, group, fuse, direct)
         self._parameters = dict(net.collect_params().items())
         self._order = self.graph.symbol.list_inputs()
         masks = [dropout.mask for dropout in self.graph.dropouts]

@@ -16,7 +16,7 @@ from job.data.dataset import FASHION_MNIST, Description, Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
-from job.networks import fused, kernels
+from job.networks import convolution, fused, kernels
 from job.networks.batch_norm_operator import Group
 from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
@@ -98,7 +98,7 @@ class Learner:
     """
 
     def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
-        load_kept(kernels, fused, exact)
+        load_kept(kernels, fused, convolution, exact)
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step
@@ -122,8 +122,10 @@ class Learner:
         shards = config.data.shards
         self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.sync_batch_norm)
         objective = _objective(net, config.train.label_smoothing)
-        fuse = config.model.fuse_batch_norm and can_fuse(feed.ctx, feed.dtype)
-        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, fuse)
+        own_loops = can_fuse(feed.ctx, feed.dtype)
+        fuse = own_loops and config.model.fuse_batch_norm
+        direct = own_loops and config.model.direct_convolution and convolution.AVAILABLE
+        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, fuse, direct)
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())

@@ -77,10 +77,11 @@ def test_a_key_that_was_not_there_yet_had_the_effect_of_its_default() -> None:
     assert differences(before, of("train.label_smoothing=0.1")) == ["train.label_smoothing: 0.0 there, 0.1 now"]
 
 
-def test_a_run_begun_before_batch_norm_was_fused_does_not_go_on_with_other_bits() -> None:
-    before = {key: value for key, value in of().items() if key != "model.fuse_batch_norm"}
-    assert differences(before, of()) == ["model.fuse_batch_norm: False there, True now"]
-    assert differences(before, of("model.fuse_batch_norm=false")) == []
+@pytest.mark.parametrize("key", ["model.fuse_batch_norm", "model.direct_convolution"])
+def test_a_run_begun_before_an_operator_was_ours_does_not_go_on_with_other_bits(key: str) -> None:
+    before = {other: value for other, value in of().items() if other != key}
+    assert differences(before, of()) == [f"{key}: False there, True now"]
+    assert differences(before, of(f"{key}=false")) == []
 
 
 def write(folder: Path, *overrides: str) -> None:

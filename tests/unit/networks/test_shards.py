@@ -92,10 +92,11 @@ def build(name: str, dtype: str, networks: Any = NETWORKS) -> gluon.HybridBlock:
 
 
 def sharded(net: gluon.HybridBlock, fuse: bool = False) -> ShardedNetwork:
+    """With ``fuse`` convolutions are direct too."""
     outputs = net(mx.sym.var("data"))
     heads = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     loss = sum((head.square().sum() for head in heads[1:]), heads[0].square().sum())
-    return ShardedNetwork(net, loss, ["data"], Group(Comm(), range(SHARDS), SHARDS), fuse)
+    return ShardedNetwork(net, loss, ["data"], Group(Comm(), range(SHARDS), SHARDS), fuse, direct=fuse)
 
 
 def batch() -> np.ndarray:
