@@ -12,9 +12,11 @@ if not __package__:  # run as a script: find the package from any directory, and
 
 from job import command
 from job.config import from_home
+from job.data import formats as data
+from job.exporting import trained as runs
+from job.exporting.formats import FORMATS, target, unfinished
+from job.exporting.served import input_shape, metadata
 from job.quick_import import quicken
-
-FORMATS = ("onnx", "mxnet", "safetensors")
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="what has been moved since the run, such as data.dir=..."
     )
-    parser.add_argument("--format", choices=FORMATS, help="default: as --output ends, else onnx")
+    parser.add_argument("--format", choices=list(FORMATS), help="default: as --output ends, else onnx")
     parser.add_argument(
         "--checkpoint", default="last", metavar="last|best|STEP", help="default: last; best is by test accuracy"
     )
@@ -43,20 +45,15 @@ def export(options: argparse.Namespace) -> None:
     Raises:
         JobError: the run or the output is not usable, or the exported model does not agree with the run.
     """
-    quicken()
-    from job.data import formats as data  # only now, so that a mistake in the command line is told at once
-    from job.exporting import trained as runs
-    from job.exporting.formats import FORMATS, target, unfinished
-    from job.exporting.served import input_shape, metadata
-
     config = runs.configuration(options.run, options.overrides)
     name, output = target(options.format, options.output, options.run)
+    quicken()
     trained = runs.load(options.run, config, options.checkpoint)
     print(f"checkpoint after step {trained.step} of {options.run}", flush=True)
     dataset = data.load(config.data)
     runs.require_same_data(trained, dataset.about)
 
-    from job.exporting.agreement import compare  # which imports MXNet
+    from job.exporting.agreement import compare  # only now, for it imports MXNet
 
     with unfinished(output) as file:
         FORMATS[name].write(trained, metadata(trained), file)

@@ -14,7 +14,7 @@ from job import storage
 from job.errors import JobError, UsageError
 from job.exporting import to_mxnet, to_onnx, to_safetensors
 from job.exporting.served import Model
-from job.exporting.trained import Trained
+from job.exporting.trained import Trained, configuration, load
 
 
 class Format(NamedTuple):
@@ -35,6 +35,19 @@ FORMATS = {
 def format_of(file: Path) -> Optional[str]:
     """The name of the format that a file has by its ending; None if it is none of ours."""
     return next((name for name, form in FORMATS.items() if file.name.endswith(form.ending)), None)
+
+
+def open_run(folder: Path, checkpoint: str) -> Model:
+    """The model that :func:`job.exporting.trained.load` finds, as it would be exported.
+
+    Raises:
+        JobError: the folder is not that of a run, or the checkpoint is missing or damaged.
+    """
+    found = load(folder, configuration(folder), checkpoint)
+
+    from job.exporting import graph  # only now, for it imports MXNet
+
+    return graph.model(found)
 
 
 def open_model(file: Path) -> Model:

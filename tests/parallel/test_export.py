@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from job import export
+from job import export, predict
 from job.config import ModelConfig, load_config
 from job.data import formats
 from job.data.dataset import FASHION_MNIST
@@ -159,6 +159,19 @@ def test_safetensors_holds_the_weights_to_the_bit_and_their_hash(runs: Runs, sai
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode() + array.tobytes())
     assert facts["weights_sha256"] == digest.hexdigest()
+
+
+@pytest.mark.parametrize("model", ["resnet", "resnet/model.onnx", "resnet/model-symbol.json"])
+def test_predictions_of_the_test_pictures_are_right_as_often_as_the_run_measured(
+    runs: Runs, said: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    pictures = str(runs.folder / "pictures" / "test")
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(runs.folder / model), pictures, "--json", "--top", "1"])
+    assert predict.main() == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [answer["classes"][0]["class"] == Path(answer["file"]).parent.name for answer in answers]
+    summary = json.loads((runs.folder / "resnet" / "summary.json").read_text())
+    assert len(right) == 12 and sum(right) / 12 == pytest.approx(summary["test_accuracy"])
 
 
 @pytest.mark.parametrize("form", FILES)
