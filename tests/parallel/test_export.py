@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -16,6 +18,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from job import export, predict
@@ -159,6 +162,27 @@ def test_safetensors_holds_the_weights_to_the_bit_and_their_hash(runs: Runs, sai
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode() + array.tobytes())
     assert facts["weights_sha256"] == digest.hexdigest()
+
+
+def test_the_programs_of_the_page_work_as_they_are_written(runs: Runs, said: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert [len(program.replace("\n\n", "\n").splitlines()) for program in programs] == [9, 6]
+    for files in (FILES["onnx"], FILES["mxnet"]):
+        for name in files:
+            shutil.copy(runs.folder / "one" / name, tmp_path)
+    Image.fromarray(runs.images["one"][7]).save(tmp_path / "picture.png")
+    expected = of_plain_gluon(ModelConfig(), 10, runs.weights["one"], runs.images["one"][7:8])[0]
+    answers = []
+    for program in programs:
+        done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout.strip())
+    name = FASHION_MNIST.classes[expected.argmax()]
+    assert answers[0].rpartition(" ")[0] == name and float(answers[0].split()[-1]) == pytest.approx(
+        expected.max(), abs=1e-5
+    )
+    assert answers[1] == name
 
 
 @pytest.mark.parametrize("model", ["resnet", "resnet/model.onnx", "resnet/model-symbol.json"])
