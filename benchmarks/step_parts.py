@@ -1,13 +1,15 @@
 """Where a step's time goes by operator, and what this machine could do: ``python -m benchmarks.step_parts``.
 
-The tutorial's network at its global batch of 256 in 8 shards, on one process and one thread. oneDNN says of each call
-of its own how long it took (DNNL_VERBOSE); the rest is what the step takes beside. Arithmetic is counted, multiply and
+The tutorial's network at its global batch of 256 in 8 shards, on one process and one thread. Our own loops are timed as
+they are called, oneDNN says of each call of its own how long it took (DNNL_VERBOSE); the rest is what the step takes
+beside. Arithmetic is counted, multiply and
 add as two. Bytes are those of each array that an operator must read or write once. What the machine could do is the
 longer one of: that arithmetic at the speed of its own float32 matrix product, those bytes at the speed of its own copy.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -15,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,23 +56,29 @@ def dense(images: int, inputs: int, outputs: int) -> Work:
 
 
 _FIRST, _SECOND = BATCH * 20 * 24 * 24, BATCH * 50 * 10 * 10
+_FIRST_BATCH_NORM, _SECOND_BATCH_NORM = "BatchNorm, ReLU, pooling 1", "BatchNorm, ReLU, pooling 2"
+_WEIGHTS = 20 * 26 + 50 * 181 + 128 * 1251 + 10 * 129
+# By the name of a loop, or the kind and the pass of oneDNN's, and by the shape.
 WORK: dict[tuple[str, str, str], tuple[str, Work]] = {
-    ("convolution", "forward_training", "ic1oc20"): ("convolution 1, forward", convolution(BATCH, 1, 28, 20, 5)),
-    ("convolution", "backward_weights", "ic1oc20"): ("convolution 1, weights", convolution(BATCH, 1, 28, 20, 5)),
-    ("convolution", "forward_training", "ic20oc50"): ("convolution 2, forward", convolution(BATCH, 20, 12, 50, 3)),
-    ("convolution", "backward_weights", "ic20oc50"): ("convolution 2, weights", convolution(BATCH, 20, 12, 50, 3)),
-    ("convolution", "backward_data", "ic20oc50"): ("convolution 2, data", convolution(BATCH, 20, 12, 50, 3)),
-    ("pooling_v2", "forward_training", "ic20"): ("pooling 1, forward", pointwise(_FIRST, 1.25)),
-    ("pooling_v2", "backward_data", "ic20"): ("pooling 1, backward", pointwise(_FIRST, 1.25)),
-    ("pooling_v2", "forward_training", "ic50"): ("pooling 2, forward", pointwise(_SECOND, 1.25)),
-    ("pooling_v2", "backward_data", "ic50"): ("pooling 2, backward", pointwise(_SECOND, 1.25)),
-    ("eltwise", "forward_training", "20x24x24"): ("ReLU 1, forward", pointwise(_FIRST, 2)),
-    ("eltwise", "backward_data", "20x24x24"): ("ReLU 1, backward", pointwise(_FIRST, 3)),
-    ("eltwise", "forward_training", "50x10x10"): ("ReLU 2, forward", pointwise(_SECOND, 2)),
-    ("eltwise", "backward_data", "50x10x10"): ("ReLU 2, backward", pointwise(_SECOND, 3)),
+    ("own", "forward", "20"): ("convolution 1, forward", convolution(BATCH, 1, 28, 20, 5)),
+    ("own", "backward_weight", "20"): ("convolution 1, weights", convolution(BATCH, 1, 28, 20, 5)),
+    ("own", "forward", "50"): ("convolution 2, forward", convolution(BATCH, 20, 12, 50, 3)),
+    ("own", "backward_weight", "50"): ("convolution 2, weights", convolution(BATCH, 20, 12, 50, 3)),
+    ("own", "backward_data", "50"): ("convolution 2, data", convolution(BATCH, 20, 12, 50, 3)),
+    # Results and their gradients have a quarter of the values; beside each a byte says where it came from.
+    ("own", "moments", "20"): (f"{_FIRST_BATCH_NORM}, statistics", pointwise(_FIRST, 1)),
+    ("own", "affine", "20"): (f"{_FIRST_BATCH_NORM}, forward", pointwise(_FIRST, 1.31)),
+    ("own", "products", "20"): (f"{_FIRST_BATCH_NORM}, sums backward", pointwise(_FIRST, 1.31)),
+    ("own", "combine", "20"): (f"{_FIRST_BATCH_NORM}, backward", pointwise(_FIRST, 2.31)),
+    ("own", "moments", "50"): (f"{_SECOND_BATCH_NORM}, statistics", pointwise(_SECOND, 1)),
+    ("own", "affine", "50"): (f"{_SECOND_BATCH_NORM}, forward", pointwise(_SECOND, 1.31)),
+    ("own", "products", "50"): (f"{_SECOND_BATCH_NORM}, sums backward", pointwise(_SECOND, 1.31)),
+    ("own", "combine", "50"): (f"{_SECOND_BATCH_NORM}, backward", pointwise(_SECOND, 2.31)),
     ("inner_product", "forward_training", "ic1250oc128"): ("dense 1, forward", dense(BATCH, 1250, 128)),
     ("inner_product", "backward_weights", "ic1250oc128"): ("dense 1, weights", dense(BATCH, 1250, 128)),
     ("inner_product", "backward_data", "ic1250oc128"): ("dense 1, data", dense(BATCH, 1250, 128)),
+    # A gradient of each shard is read; the sum of twice the width is read and written.
+    ("own", "add", ""): ("gradients, rounded and added up", pointwise(SHARDS * _WEIGHTS, 5)),
 }
 
 
@@ -89,6 +98,32 @@ def by_operator(lines: list[str], steps: int) -> dict[str, float]:
         name = next((name for key, (name, _) in WORK.items() if key[:2] == (kind, pass_) and key[2] in shape), "other")
         found[name] += statistics.median(each) * len(each) / steps
     return dict(found)
+
+
+def own_loops(spent: dict[tuple[str, str], float]) -> None:
+    """Have our own loops add the seconds that they take to ``spent``, by name and by channels of results."""
+    from job.networks import convolution as loops
+    from job.networks.fused import FusedPoolPasses
+    from job.training.exact import ExactSum
+
+    def time_calls(owner: Any, name: str, channels: Callable[..., Any]) -> None:
+        function = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            spent[name, str(channels(*arguments))] += time.perf_counter() - started
+            return result
+
+        setattr(owner, name, timed)
+
+    time_calls(loops, "forward", lambda x, weight, bias, pad, out: out.shape[1])
+    time_calls(loops, "backward_data", lambda dy, *others: dy.shape[1])
+    time_calls(loops, "backward_weight", lambda dy, *others: dy.shape[1])
+    time_calls(FusedPoolPasses, "moments", lambda passes, x: x.shape[1])
+    for name in ("affine", "products", "combine"):
+        time_calls(FusedPoolPasses, name, lambda passes, x, *others: x.shape[1])
+    time_calls(ExactSum, "add", lambda *arguments: "")
 
 
 def machine() -> tuple[float, float, str]:
@@ -131,15 +166,19 @@ def _train() -> None:
     dataset = idx.load(config.data)
     learner = new_learner(config, comm, choose_device("cpu", comm), dataset.about)
     sampler = Sampler(len(dataset.train.labels), BATCH, 0)
-    taken = []
+    taken, spent = [], defaultdict[tuple[str, str], float](float)
+    own_loops(spent)
     for step in range(WARM_UP + STEPS):
         if step == WARM_UP:
             print("warm", flush=True)
+            spent.clear()
         started = time.perf_counter()
         learner.step(dataset.train, [sampler.shards(0, step, range(SHARDS), SHARDS)], BATCH, 0.01)
         mx.nd.waitall()
         taken.append(time.perf_counter() - started)
-    print(f"step:{statistics.median(taken[WARM_UP:]) * 1e3}", flush=True)
+    named = {key[1:]: name for key, (name, _) in WORK.items() if key[0] == "own"}
+    own = {named[key]: seconds * 1e3 / STEPS for key, seconds in spent.items() if key in named}
+    print(json.dumps({"step": statistics.median(taken[WARM_UP:]) * 1e3, "own": own}), flush=True)
 
 
 def main() -> None:
@@ -151,8 +190,9 @@ def main() -> None:
     for verbose in ("0", "1"):
         environment = {**os.environ, "DNNL_VERBOSE": verbose}
         runs[verbose] = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    whole = float(runs["0"].rpartition("step:")[2])  # without the lines, which take their time
-    parts = by_operator(runs["1"].partition("\nwarm\n")[2].splitlines(), STEPS)
+    measured = json.loads(runs["0"].splitlines()[-1])  # without oneDNN's lines, which take their time
+    whole = measured["step"]
+    parts = {**by_operator(runs["1"].partition("\nwarm\n")[2].splitlines(), STEPS), **measured["own"]}
     operations, bytes_, whose = machine()
     print(f"one thread: {whose} float32 product {operations / 1e9:.0f} GFLOP/s, a copy {bytes_ / 1e9:.1f} GB/s\n")
     print("| operator | MFLOP | MB | could take, ms | takes, ms | fraction |\n|---|---|---|---|---|---|")
@@ -165,7 +205,7 @@ def main() -> None:
             )
     print(f"| oneDNN, all else | | | | {parts.get('other', 0.0):.1f} | |")
     rest = whole - sum(parts.values())
-    print(f"| not oneDNN's: BatchNorm and what is fused with it, sums, update, input, waits | | | | {rest:.1f} | |")
+    print(f"| neither: the calls themselves, statistics, update, input, waits | | | | {rest:.1f} | |")
     print(f"| the step | | | | {whole:.1f} | |")
 
 

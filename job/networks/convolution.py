@@ -72,7 +72,7 @@ def backward_data(dy: np.ndarray, turned: Packed, pad: tuple[int, int], dx: np.n
     """
     height, width = turned.kernel
     around = (height - 1 - pad[0], width - 1 - pad[1])
-    forward(dy, turned, np.zeros(dx.shape[1], dx.dtype), around, dx)
+    _forward(dy, turned.weights, turned.kernel, np.zeros(dx.shape[1], dx.dtype), around, dx)
 
 
 def backward_weight(dy: np.ndarray, x: np.ndarray, pad: tuple[int, int], dweight: np.ndarray) -> None:
