@@ -78,19 +78,21 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
 
 def _check_network(config: Config) -> None:
     """Of the project's own network for the project's own data there is nothing to find out."""
-    if config.model.is_tutorial and config.data.format == "idx":
+    if config.model.is_tutorial and config.data.format == "idx" and not config.data.augment.changes:
         return
     from job.data import formats  # only now, for they import numpy and MXNet
+    from job.data.dataset import FASHION_MNIST
     from job.networks.check import check
+    from job.training.augmentation import require_fit
 
-    if config.data.format == "idx":
-        check(config.model)
-    else:
+    about = FASHION_MNIST
+    if config.data.format != "idx":
         try:
             about = formats.load(config.data).about
         except DataError as error:  # which nobody has to start ranks for
             raise UsageError(str(error)) from None
-        check(config.model, len(about.classes), about.shape)
+    require_fit(config.data.augment, about)
+    check(config.model, len(about.classes), about.shape)
 
 
 def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:

@@ -194,6 +194,23 @@ class Sha256Config(Section):
         return value
 
 
+class AugmentConfig(Section):
+    """What becomes of training images, anew in each epoch. Images to evaluate on stay as they are."""
+
+    horizontal_flip: bool = Field(False, description="mirror every other image, chosen at random")
+    crop_padding: int = Field(0, ge=0, description="move images at random, by up to so many pixels each way")
+    erase_probability: float = Field(0.0, ge=0, le=1, description="of images with a random rectangle full of noise")
+    erase_area: float = Field(0.33, gt=0, le=1, description="largest such rectangle, as a fraction of the image")
+    colour_jitter: float = Field(
+        0.0, ge=0, le=1, description="change of brightness, contrast and saturation, at most; 3 channels"
+    )
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed at all."""
+        return bool(self.horizontal_flip or self.crop_padding or self.erase_probability or self.colour_jitter)
+
+
 class DataConfig(Section):
     format: Literal["idx", "folder"] = Field(
         "idx", description="IDX files like Fashion-MNIST's, or pictures in train/CLASS/"
@@ -227,6 +244,7 @@ class DataConfig(Section):
         1800.0, gt=0, le=MOST_SECONDS, description="longest wait while another process fetches, in seconds"
     )
     sha256: Sha256Config = Field(default_factory=Sha256Config)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
     @field_validator("mirrors")
     @classmethod

@@ -33,6 +33,7 @@ class Shard(NamedTuple):
 
     samples: np.ndarray  # int64 indices into the data set
     first: int  # the place of the first one in the global batch
+    epoch: int = 0
 
 
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -71,7 +72,7 @@ class Sampler:
         """The shards with numbers ``own``, of ``shards``, in micro-batch ``micro`` of ``micros`` of a step."""
         batch, order = self.batch(step), self._permutation(epoch)
         spans = [batch.part(micro, micros).part(index, shards) for index in own]
-        return [Shard(order[span.start : span.stop], span.start - batch.start) for span in spans]
+        return [Shard(order[span.start : span.stop], span.start - batch.start, epoch) for span in spans]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mxnet as mx
@@ -22,7 +22,8 @@ from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
 from job.networks.kernels import host_view
 from job.networks.shards import ShardedNetwork, dropout_mask
-from job.training import exact
+from job.training import augmentation, exact
+from job.training.augmentation import Augmentation
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import ExactSum, sum_of_squares
 from job.training.metrics import Meter, Totals
@@ -65,9 +66,12 @@ class Feed(NamedTuple):
     dtype: str
     about: Description = FASHION_MNIST
 
-    def __call__(self, split: Split, samples: Any) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """Images (n, channels, height, width), scaled, and labels (n,) of the samples with the given indices."""
-        images = mx.nd.array(split.images[samples], ctx=self.ctx, dtype=np.uint8)  # scaled there: a quarter to copy
+    def __call__(
+        self, split: Split, samples: Any, change: Callable[[Any], Any] = lambda pixels: pixels
+    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+        """Images (n, channels, height, width), changed and then scaled, and labels (n,) of samples with these indices."""
+        pixels = change(split.images[samples])
+        images = mx.nd.array(pixels, ctx=self.ctx, dtype=np.uint8)  # scaled there: a quarter to copy
         labels = mx.nd.array(split.labels[samples], ctx=self.ctx, dtype=self.dtype)
         return self._scaled(images.reshape((-1, *self.about.shape)).astype(self.dtype) / 255), labels
 
@@ -98,7 +102,7 @@ class Learner:
     """
 
     def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
-        load_kept(kernels, fused, convolution, exact)
+        load_kept(kernels, fused, convolution, exact, *([augmentation] if config.data.augment.changes else []))
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step
@@ -110,6 +114,7 @@ class Learner:
         self._clip_norm = config.train.clip_gradient_norm
         self._micros = config.train.accumulate_steps
         self._seed = config.run.seed
+        self._augment = Augmentation(config.data.augment, config.run.seed, feed.about)
         self._skips = config.run.on_nonfinite == "skip"
         parameters = net.collect_params()
         for name, parameter in parameters.items():
@@ -233,7 +238,8 @@ class Learner:
         return outcomes
 
     def _fed(self, split: Split, shards: Sequence[Shard]) -> list[dict[str, mx.nd.NDArray]]:
-        images, labels = self.feed(split, np.concatenate([shard.samples for shard in shards]))
+        samples = np.concatenate([shard.samples for shard in shards])
+        images, labels = self.feed(split, samples, lambda pixels: self._augment(pixels, samples, shards[0].epoch))
         ends = np.cumsum([len(shard.samples) for shard in shards]).tolist()
         spans = [slice(end - len(shard.samples), end) for end, shard in zip(ends, shards)]
         feeds = [{"data": images[span], "label": labels[span]} for span in spans]

@@ -26,7 +26,11 @@ FREE = {
 BOUND = {
     "run.seed=1": "run.seed", "train.accumulate_steps=2": "train.accumulate_steps",
     "train.clip_gradient_norm=1": "train.clip_gradient_norm", "data.global_batch=128": "data.global_batch",
-    "data.shards=4": "data.shards",
+    "data.shards=4": "data.shards", "data.augment.horizontal_flip=true": "data.augment.horizontal_flip",
+    "data.augment.crop_padding=2": "data.augment.crop_padding",
+    "data.augment.erase_probability=0.1": "data.augment.erase_probability",
+    "data.augment.erase_area=0.1": "data.augment.erase_area",
+    "data.augment.colour_jitter=0.1": "data.augment.colour_jitter",
     "model.dtype=float64": "model.dtype", "model.dense_batch_norm=true": "model.dense_batch_norm",
     "model.sync_batch_norm=false": "model.sync_batch_norm", "optimizer.momentum=0.9": "optimizer.momentum",
     "schedule.name=cosine": "schedule.name",

@@ -73,12 +73,19 @@ def learner(
     shards: int = 3,
     run: Optional[dict[str, Any]] = None,
     model: Optional[dict[str, Any]] = None,
+    augment: Optional[dict[str, Any]] = None,
     **optimizer: Any,
 ) -> Learner:
     seed_everything(1)
     net = nn.Dense(10) if net is None else net
     models.initialize(net, CPU, dtype)
-    config = {"data": {"shards": shards}, "train": train, "optimizer": optimizer, "run": run, "model": model}
+    config = {
+        "data": {"shards": shards, "augment": augment},
+        "train": train,
+        "optimizer": optimizer,
+        "run": run,
+        "model": model,
+    }
     return Learner(net, comm or Comm(), Feed(CPU, dtype), Config.model_validate(config))
 
 

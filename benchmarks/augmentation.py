@@ -1,0 +1,73 @@
+"""What augmentation costs of a step: ``python -m benchmarks.augmentation``, about a minute.
+
+Steps of the tutorial's network on one rank, with each kind of augmentation and without any, in turns in one process, so
+that whatever else the machine does meets them all. What counts is the ratio (:mod:`benchmarks.intervals`).
+"""
+
+from __future__ import annotations
+
+import time
+
+from job.distributed.placement import share_cores
+
+if __name__ == "__main__":
+    share_cores()  # before MXNet is imported
+
+import mxnet as mx
+import numpy as np
+
+from benchmarks.intervals import ratio
+from job.config import load_config
+from job.data import idx
+from job.data.sampler import Sampler
+from job.distributed.comm import Comm
+from job.distributed.device import seed_everything
+from job.networks import models
+from job.training.learner import Feed, Learner
+
+WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 16, 4
+KINDS = {
+    "none": [],
+    "horizontal flip": ["data.augment.horizontal_flip=true"],
+    "shifted crop": ["data.augment.crop_padding=2"],
+    "random erasing": ["data.augment.erase_probability=0.25"],
+    "all three": [
+        "data.augment.horizontal_flip=true",
+        "data.augment.crop_padding=2",
+        "data.augment.erase_probability=0.25",
+    ],
+}
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    config = load_config()
+    train_set = idx.load(config.data).train
+    sampler = Sampler(len(train_set.labels), config.data.global_batch_of(1), seed=0)
+    learners = [_learner(overrides) for overrides in KINDS.values()]
+    step_ms = np.empty((WARMUP_TURNS + TURNS, len(KINDS)))
+    for turn in range(WARMUP_TURNS + TURNS):
+        for which, learner in enumerate(learners):
+            started = time.perf_counter()
+            for step in range(turn * STEPS_A_TURN, (turn + 1) * STEPS_A_TURN):
+                batch = sampler.shards(0, step, range(config.data.shards), config.data.shards)
+                learner.step(train_set, [batch], len(sampler.batch(step)), learning_rate=0.01)
+            mx.nd.waitall()
+            step_ms[turn, which] = (time.perf_counter() - started) / STEPS_A_TURN * 1e3
+    print("| augmentation | step in ms | ratio | 90% interval |\n|---|---|---|---|")
+    for which, name in enumerate(KINDS):
+        of, to = step_ms[WARMUP_TURNS:, which], step_ms[WARMUP_TURNS:, 0]
+        value, low, high = ratio(of, to)
+        print(f"| {name} | {np.median(of):.1f} | {value:.3f} | {low:.3f} to {high:.3f} |")
+
+
+def _learner(overrides: list[str]) -> Learner:
+    config = load_config(overrides=overrides)
+    seed_everything(0)
+    net = models.build(config.model)
+    models.initialize(net, mx.cpu())
+    return Learner(net, Comm(), Feed(mx.cpu(), "float32"), config)
+
+
+if __name__ == "__main__":
+    main()
