@@ -85,7 +85,7 @@ def _measure(folder: Path) -> None:
     mark(f"{STEPS - 1} more steps", comm.barrier)
     recorder = Recorder(ranks=comm.size)
     with ExitStack() as stack:
-        subject = Subject(config, learner, dataset.test)
+        subject = Subject(config, learner, dataset)
         recorder.writers = stack.enter_context(open_writers(folder, comm, STEPS, 0, subject))
         recorder.train(STEPS, 0, learner.totals(), 0.01, **learner.vitals())
         recorder.test(STEPS, 0, learner.evaluate(dataset.test, config.data.test_batch_per_rank))

@@ -167,7 +167,7 @@ class CheckpointConfig(Section):
     every_steps: Optional[int] = Field(
         100, ge=1, description="steps between two checkpoints; null: only at the end of each epoch"
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep; the best by test accuracy is kept too")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep; the best one is kept too")
 
 
 class Sha256Config(Section):
@@ -243,6 +243,10 @@ class DataConfig(Section):
     lock_timeout_seconds: float = Field(
         1800.0, gt=0, le=MOST_SECONDS, description="longest wait while another process fetches, in seconds"
     )
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="part of the training set to choose by; tests wait until the end"
+    )
+    validation_seed: int = Field(0, ge=0, lt=2**31, description="which samples of each class that part holds")
     sha256: Sha256Config = Field(default_factory=Sha256Config)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
@@ -389,6 +393,9 @@ class TrainConfig(Section):
     accumulate_steps: int = Field(1, ge=1, description="parts of a global batch, computed one after another")
     clip_gradient_norm: Optional[float] = Field(None, gt=0, description="largest L2 norm of the whole gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
+    average_decay: Optional[float] = Field(
+        None, gt=0, lt=1, description="of the moving average of the weights, such as 0.999; null: none is kept"
+    )
 
 
 class Config(Section):

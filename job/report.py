@@ -37,11 +37,12 @@ COLUMNS = "Run,State,Ranks,Steps,Last test accuracy,Best test accuracy,Last test
 
 def page(runs: Sequence[History]) -> str:
     """The report on ``runs`` as HTML, the same for the same runs. Where their records lack something, it says so."""
-    best = max(runs, key=lambda run: run.last_test("accuracy") or 0.0)
+    split = "validation" if all(run.judged_by == "validation" for run in runs) else "test"
+    best = max(runs, key=lambda run: run.last("accuracy", split) or 0.0)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(", ".join(run.name for run in runs)),
         colours="\n".join(_colour(place) for place in range(len(runs))),
-        headline=_headline(best, runs),
+        headline=_headline(best, runs, split),
         facts=_facts(best),
         notes="\n".join(f'<p class="note">{escape(note)}</p>' for run in runs for note in run.notes),
         curves=_curves(runs),
@@ -59,20 +60,22 @@ def _colour(place: int) -> str:
     return f"  --run-{place}: oklch(var(--run-lightness) var(--run-chroma) {hue:.0f});"
 
 
-def _headline(best: History, runs: Sequence[History]) -> str:
-    name, measured = escape(best.name), best.evaluations()
+def _headline(best: History, runs: Sequence[History], split: str) -> str:
+    name = escape(best.name)
+    measured = [record for record in best.of(split) if record.get("accuracy") is not None]
     if not measured:
         return f"<strong>{_count(best.records[-1]['step'], 'step')}</strong> of {name}, and no evaluation yet"
     last, among = measured[-1], f", the highest of {len(runs)} runs" if len(runs) > 1 else ""
-    return (
-        f"<strong>{last['accuracy']:.4f}</strong> test accuracy of {name} after {_count(last['step'], 'step')}{among}"
-    )
+    steps = _count(last["step"], "step")
+    return f"<strong>{last['accuracy']:.4f}</strong> {split} accuracy of {name} after {steps}{among}"
 
 
 def _facts(run: History) -> str:
     facts = []
-    if examples := run.last_test("examples"):
-        facts.append(f"Measured on {_count(examples, 'test image')}.")
+    if examples := run.last("examples", run.judged_by):
+        facts.append(f"Measured on {_count(examples, f'{run.judged_by} image')}.")
+    if run.judged_by == "validation" and (accuracy := run.last("accuracy")) is not None:
+        facts.append(f"Test accuracy, measured once, at the end: {accuracy:.4f}.")
     if peak := _peak(run):
         facts.append(f"Best at an evaluation: {peak['accuracy']:.4f} after {_count(peak['step'], 'step')}.")
     if not run.summary:
@@ -91,8 +94,9 @@ def _curves(runs: Sequence[History]) -> str:
     figures = "".join(f"<figure>{svg}</figure>" for svg in drawings.values() if svg)
     legend = " ".join(_name(run, place) for place, run in enumerate(runs))
     return (
-        f'<p class="key">{legend}<br>Lines with dots are evaluations on the test images, lines without are training. A'
-        " long curve of training is drawn as the mean of neighbouring records, and these faintly behind it.</p>"
+        f'<p class="key">{legend}<br>Lines with dots are evaluations on validation or test images, lines without are'
+        " training. A long curve of training is drawn as the mean of neighbouring records, and these faintly behind"
+        " it.</p>"
         f'{missing}<div class="curves">{figures}</div>'
     )
 
@@ -106,12 +110,17 @@ def _row(run: History, place: int) -> list[str]:
         "complete" if run.summary else "not complete",
         " → ".join(str(span.ranks or "?") for span in run.spans()) if _has_ranks(run) else NOTHING,
         f"{run.records[-1]['step']:,}",
-        _figure(run.last_test("accuracy"), ".4f"),
-        f"{peak['accuracy']:.4f}<br>after {_count(peak['step'], 'step')}" if peak else NOTHING,
-        _figure(run.last_test("loss"), ".4f"),
+        _figure(run.last("accuracy"), ".4f"),
+        _best_of(peak) if peak else NOTHING,
+        _figure(run.last("loss"), ".4f"),
         _duration(run.summary.get("train_seconds")),
         _figure(speed, ",.0f"),
     ]
+
+
+def _best_of(peak: Record) -> str:
+    held_out = " (validation)" * (peak["split"] == "validation")
+    return f"{peak['accuracy']:.4f}{held_out}<br>after {_count(peak['step'], 'step')}"
 
 
 def _weights(runs: Sequence[History]) -> str:
@@ -184,7 +193,7 @@ def _confusions(runs: Sequence[History]) -> str:
     parts = []
     for place, run in enumerate(runs):
         title = f"<h3>{_name(run, place)}</h3>" if len(runs) > 1 else ""
-        matrix = run.last_test("confusion")
+        matrix = run.last("confusion")
         parts.append(f"<div>{title}{_confusion(matrix, run) if matrix else _no('confusion matrix', run)}</div>")
     return f'<div class="matrices">{"".join(parts)}</div>'
 

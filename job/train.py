@@ -37,7 +37,7 @@ from job.checkpoints.state import RunState
 from job.config import Config
 from job.data import formats
 from job.data.dataset import Dataset, Description
-from job.data.sampler import Sampler, own_shards
+from job.data.sampler import Sampler, hold_out, own_shards
 from job.distributed.comm import Comm, connect, peer_errors
 from job.distributed.device import choose_device, seed_everything
 from job.distributed.preemption import Preemption
@@ -60,9 +60,10 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
     if comm.rank == 0:
         preflight.tell(preflight.compare(conditions))
         run_dir.write_whole(config.run.dir / run_dir.DATASET, dataset.about.to_json())
-    sampler = Sampler(len(dataset.train.labels), config.data.global_batch_of(comm.size), config.run.seed)
+    kept, held = hold_out(dataset.train.labels, config.data.validation_fraction, config.data.validation_seed)
+    sampler = Sampler(len(kept), config.data.global_batch_of(comm.size), config.run.seed, kept)
     require_samples(config, comm.size, sampler.smallest_batch)
-    return dataset, sampler, settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
+    return dataset.holding_out(held), sampler, settle_shards(config, comm.size, sampler.smallest_batch, comm.rank == 0)
 
 
 def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) -> Learner:
@@ -90,7 +91,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         preemption = stack.enter_context(Preemption())
         checkpoints = stack.enter_context(open_checkpoints(config, comm, formats.digests(config.data, dataset)))
         checkpoints.resume(state)
-        subject = Subject(config, learner, dataset.test)
+        subject = Subject(config, learner, dataset)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))
         profiler = stack.enter_context(Profiler(config, comm, learner))
         for step in range(learner.steps, total_steps):
@@ -105,7 +106,9 @@ def train(config: Config, comm: Comm) -> HybridBlock:
             if logs:
                 recorder.train(step + 1, epoch, learner.totals(), schedule(step), **learner.vitals())
             if epoch_ends:
-                recorder.test(step + 1, epoch, learner.evaluate(dataset.test, config.data.test_batch_per_rank))
+                for split, samples in dataset.measured(last=step + 1 == total_steps):
+                    found = learner.evaluations(samples, config.data.test_batch_per_rank)
+                    recorder.test(step + 1, epoch, *found, split=split)
             if epoch_ends or learner.stopping or (step + 1) % (config.checkpoint.every_steps or sys.maxsize) == 0:
                 checkpoints.save(state)
             if learner.stopping:
@@ -117,7 +120,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
             train_examples_per_epoch=sampler.samples,
             shards=shards,
             sync_batch_norm=config.model.sync_batch_norm,
-            weights_sha256=state.weights_sha256(),
+            **state.sha256(),
             skipped_updates=learner.skipped,
         )
     return learner.net

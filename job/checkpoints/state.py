@@ -46,6 +46,8 @@ class RunState:
             "records": recorder,
             "generators": Generators(seed, learner),
         }
+        if learner.average:
+            self.parts["average"] = learner.average
 
     def state_dict(self) -> tuple[Arrays, dict[str, Any]]:
         """The arrays as ``part/name``, and the rest as ``{part: {name: value}}``."""
@@ -57,9 +59,12 @@ class RunState:
             values[part] = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
         return arrays, values
 
-    def weights_sha256(self) -> str:
-        """See :func:`job.checkpoints.store.weights_sha256`."""
-        return weights_sha256(self.parts["network"].state_dict())
+    def sha256(self) -> dict[str, str]:
+        """Of the weights, and of their average if there is one: :func:`job.checkpoints.store.weights_sha256`."""
+        hashed = {"weights_sha256": "network", "average_sha256": "average"}
+        return {
+            name: weights_sha256(self.parts[part].state_dict()) for name, part in hashed.items() if part in self.parts
+        }
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave.
@@ -69,7 +74,7 @@ class RunState:
         """
         for part, stateful in self.parts.items():
             own = {name[len(part) + 1 :]: array for name, array in arrays.items() if name.startswith(f"{part}/")}
-            stateful.load_state_dict({**own, **values[part]})
+            stateful.load_state_dict({**own, **values.get(part, {})})
 
 
 class Network:

@@ -46,12 +46,42 @@ class Split(NamedTuple):
     labels: np.ndarray  # (n,) whole numbers, from 0
 
 
+class Part:
+    """Some of the images of a split, in an order of their own.
+
+    Args:
+        images: of the split.
+        samples: their indices (n,) there.
+    """
+
+    def __init__(self, images: Any, samples: np.ndarray) -> None:
+        self._images, self._samples = images, samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, places: Any) -> Any:
+        """The images at these places (n,), or in a slice of them."""
+        return self._images[self._samples[places]]
+
+
 class Dataset(NamedTuple):
     """All of it."""
 
     train: Split
     test: Split
     about: Description
+    validation: Optional[Split] = None  # samples of train that nobody trains on
+
+    def holding_out(self, samples: np.ndarray) -> Dataset:
+        """With these samples (n,) of the training set to validate on. ``train`` still has them, by the same indices."""
+        images, labels = Part(self.train.images, samples), np.asarray(self.train.labels)[samples]
+        return self._replace(validation=Split(images, labels)) if len(samples) else self
+
+    def measured(self, last: bool) -> list[tuple[str, Split]]:
+        """What an evaluation looks at, by name. If there is a validation set, the test set only at the ``last`` one."""
+        validation = [("validation", self.validation)] if self.validation else []
+        return [*validation, *([("test", self.test)] if last or not validation else [])]
 
 
 FASHION_MNIST = Description(

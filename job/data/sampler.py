@@ -7,7 +7,7 @@ a step hold the same samples for any number of ranks, and a run can go on from a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -46,15 +46,33 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The samples to train on and those to validate on, int64 of shapes (n,) and (m,), both rising.
+
+    Of each class that part of its samples is held out, rounded down, so that at least one is left. Which ones, follows
+    from the seed and the labels (n + m,), and not from the seed of the run: runs with other seeds choose by the same
+    samples.
+    """
+    order = np.argsort(
+        np.random.Philox(key=np.array([seed, 2**64 - 1], np.uint64)).random_raw(len(labels)), kind="stable"
+    )
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels) if fraction else ():
+        of_class = order[labels[order] == label]
+        held[of_class[: int(fraction * len(of_class))]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 class Sampler:
-    """The global batches of a data set of ``samples`` samples.
+    """The global batches of a data set of ``samples`` samples, or of those with the indices ``kept`` (samples,).
 
     An epoch has ``ceil(samples / global_batch)`` steps, whose batches differ in size by at most one: 60,000 samples at
     256 make 235 batches of 256 or 255, never a tiny last one. No sample is dropped or repeated.
     """
 
-    def __init__(self, samples: int, global_batch: int, seed: int) -> None:
+    def __init__(self, samples: int, global_batch: int, seed: int, kept: Optional[np.ndarray] = None) -> None:
         self.samples = samples
+        self._kept = kept
         self.seed = seed
         self.steps_per_epoch = -(-samples // global_batch)
         self._order = (-1, np.empty(0, np.int64))
@@ -76,7 +94,8 @@ class Sampler:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            self._order = (epoch, permutation(self.samples, self.seed, epoch))
+            order = permutation(self.samples, self.seed, epoch)
+            self._order = (epoch, order if self._kept is None else self._kept[order])
         return self._order[1]
 
 

@@ -62,8 +62,8 @@ class Plot(NamedTuple):
 
 
 PLOTS = (
-    Plot("Loss", "loss", ("train", "test"), logarithmic=True),
-    Plot("Accuracy", "accuracy", ("train", "test")),
+    Plot("Loss", "loss", ("train", "validation", "test"), logarithmic=True),
+    Plot("Accuracy", "accuracy", ("train", "validation", "test")),
     Plot("Learning rate", "learning_rate", smooth=False, from_zero=True),
     Plot("Images per second", "images_per_second", from_zero=True),
 )
@@ -78,7 +78,7 @@ def draw(plot: Plot, runs: Sequence[History]) -> Optional[str]:
             wider = 0.9 * min(len(runs) - 1 - place, 3)  # what is drawn first, so that equal curves are all seen
             for split in plot.splits:
                 steps, values = run.series(split, plot.key)
-                _curve(axes, np.array(steps), np.array(values), f"#0e{place:04x}", wider, split == "test", plot.smooth)
+                _curve(axes, np.array(steps), np.array(values), f"#0e{place:04x}", wider, split != "train", plot.smooth)
         drawn = np.concatenate([line.get_ydata() for line in axes.lines])
         drawn = drawn[np.isfinite(drawn)]
         if not drawn.size:

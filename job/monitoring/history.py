@@ -42,7 +42,7 @@ class History:
     data: dict[str, Any] = field(default_factory=dict)  # as dataset.json describes it
 
     def of(self, split: str) -> list[Record]:
-        """The records of the training ("train") or of the evaluations ("test")."""
+        """The records of the training ("train") or of the evaluations ("validation", "test")."""
         return [record for record in self.records if record["split"] == split]
 
     def series(self, split: str, key: str) -> tuple[list[int], list[float]]:
@@ -58,12 +58,17 @@ class History:
         return spans
 
     def evaluations(self) -> list[Record]:
-        """The test records that hold an accuracy."""
-        return [record for record in self.of("test") if record.get("accuracy") is not None]
+        """The records that hold an accuracy, of the split that the run is judged by."""
+        return [record for record in self.of(self.judged_by) if record.get("accuracy") is not None]
 
-    def last_test(self, key: str) -> Optional[Any]:
-        """``key`` of the last test record that has it, None if none has."""
-        return next((record[key] for record in reversed(self.of("test")) if record.get(key) is not None), None)
+    @property
+    def judged_by(self) -> str:
+        """``validation`` if the run holds out a part of its training set, ``test`` if not."""
+        return "validation" if self.of("validation") else "test"
+
+    def last(self, key: str, split: str = "test") -> Optional[Any]:
+        """``key`` of the last record of a split that has it, None if none has."""
+        return next((record[key] for record in reversed(self.of(split)) if record.get(key) is not None), None)
 
 
 def number(value: Optional[float]) -> float:
@@ -129,8 +134,8 @@ def _complaint(record: Any) -> Optional[str]:
     """What makes this no record, None if it is one. Keys that are not read may hold anything."""
     if not isinstance(record, dict):
         return "not a record, which is a JSON object"
-    if not (_is_whole(record.get("step")) and record.get("split") in ("train", "test")):
-        return "not a record, which has a step (a whole number) and a split (train or test)"
+    if not (_is_whole(record.get("step")) and record.get("split") in ("train", "validation", "test")):
+        return "not a record, which has a step (a whole number) and a split (train, validation or test)"
     for key in NUMBERS:
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from job.fitness.facts import versions
-from job.monitoring.records import Writer
+from job.monitoring.records import Record, Writer
 from job.training.evaluation import Evaluation
 from job.training.metrics import Totals
 
@@ -22,7 +22,7 @@ class Recorder:
         self._trained = 0.0
         self._train_seconds = 0.0
         self._window_started = time.perf_counter()
-        self._last_test: dict[str, Any] = {}
+        self._last: dict[str, dict[str, Any]] = {}  # the record of the last evaluation, by split
         self._best: dict[str, Any] = {}
 
     def train(self, step: int, epoch: int, totals: Totals, learning_rate: float, **vitals: Any) -> None:
@@ -46,22 +46,37 @@ class Recorder:
         )
         self._window_started = time.perf_counter()
 
-    def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
-        """Record an evaluation, beside the training samples of the whole epoch before it."""
-        self._last_test = {
+    def test(
+        self, step: int, epoch: int, evaluation: Evaluation, average: Optional[Evaluation] = None, split: str = "test"
+    ) -> None:
+        """Record an evaluation, beside the training samples of the whole epoch before it.
+
+        Args:
+            step: the steps taken.
+            epoch: from 0.
+            evaluation: with the weights.
+            average: with their moving average.
+            split: ``validation`` or ``test``. Once there is a validation, the best evaluation is among these.
+        """
+        if self._last.get("validation", {}).get("step") == step:  # the test set after it
+            of_epoch = {key: self._last["validation"][key] for key in ("train_loss", "train_accuracy")}
+        else:
+            of_epoch = {"train_loss": self._epoch.loss, "train_accuracy": self._epoch.accuracy}
+        of_average = {"average_loss": average.loss, "average_accuracy": average.accuracy} if average else {}
+        record = self._last[split] = {
             "step": step,
             "epoch": epoch,
-            "split": "test",
+            "split": split,
             "loss": evaluation.loss,
             "accuracy": evaluation.accuracy,
+            **of_average,
             "examples": int(evaluation.count),
-            "train_loss": self._epoch.loss,
-            "train_accuracy": self._epoch.accuracy,
+            **of_epoch,
         }
-        if not self._best or evaluation.accuracy > self._best["best_test_accuracy"]:
-            self._best = {"best_test_accuracy": evaluation.accuracy, "best_step": step}
+        if split == self._judging and merit(record) > self._best.get(f"best_{split}_accuracy", -1.0):
+            self._best = {f"best_{split}_accuracy": merit(record), "best_step": step}
         self._write(
-            **self._last_test,
+            **record,
             confusion=evaluation.confusion.tolist(),
             mistakes=[mistake._asdict() for mistake in evaluation.mistakes],
         )
@@ -70,14 +85,19 @@ class Recorder:
 
     def finish(self, **facts: Any) -> None:
         """Write the summary: ``facts`` about the run, and what it came to. The speed leaves evaluation out."""
-        last = self._last_test
+        last = self._last["test"]
+        measured = {
+            f"{of}{split}_{key}": record[f"{of}{key}"]
+            for split, record in sorted(self._last.items())
+            for of in ("", "average_")
+            for key in ("accuracy", "loss", "examples")
+            if f"{of}{key}" in record
+        }
         summary = {
             **facts,
             "epochs": last["epoch"] + 1,
             "steps": last["step"],
-            "test_accuracy": last["accuracy"],
-            "test_loss": last["loss"],
-            "test_examples": last["examples"],
+            **measured,
             **self._best,
             "images_per_second": self._trained / self._train_seconds,
             "train_seconds": self._train_seconds,
@@ -87,8 +107,14 @@ class Recorder:
             writer.finish(summary)
 
     def score(self, step: int) -> Optional[float]:
-        """The test accuracy after ``step`` steps, None if it was not measured there."""
-        return self._last_test["accuracy"] if self._last_test.get("step") == step else None
+        """How good the run is after ``step`` steps (:func:`merit`), None if it was not measured there."""
+        record = self._last.get(self._judging, {})
+        return merit(record) if record.get("step") == step else None
+
+    @property
+    def _judging(self) -> str:
+        """By which split evaluations are compared."""
+        return "validation" if "validation" in self._last else "test"
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the records yet, and what the summary will say. What is in them is on disk from now on."""
@@ -99,7 +125,7 @@ class Recorder:
             "trained": self._trained,
             "train_seconds": self._train_seconds,
             "window_seconds": time.perf_counter() - self._window_started,
-            "last_test": self._last_test,
+            **{f"last_{split}": record for split, record in self._last.items()},
             "best": self._best,
         }
 
@@ -108,8 +134,15 @@ class Recorder:
         self._epoch = Totals(*state["epoch"])
         self._trained, self._train_seconds = state["trained"], state["train_seconds"]
         self._window_started = time.perf_counter() - state["window_seconds"]
-        self._last_test, self._best = state["last_test"], state["best"]
+        self._last = {split: state[f"last_{split}"] for split in ("validation", "test") if state.get(f"last_{split}")}
+        self._best = state["best"]
 
     def _write(self, **record: Any) -> None:
         for writer in self.writers:
             writer.write({**record, "ranks": self._ranks})
+
+
+def merit(record: Record) -> float:
+    """What evaluations are compared by: the accuracy, that of the averaged weights if there are any."""
+    accuracy: float = record["average_accuracy" if "average_accuracy" in record else "accuracy"]
+    return accuracy

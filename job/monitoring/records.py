@@ -1,7 +1,8 @@
 """What a run tells while it runs: records, and the writers that receive them side by side.
 
-A record is a dictionary of ``step``, ``epoch``, ``split`` (train or test), ``ranks`` and what was measured. Every rank
-produces the same records, up to what its own clock says; only rank 0 has writers, so nobody has to ask for the rank.
+A record is a dictionary of ``step``, ``epoch``, ``split`` (train, validation or test), ``ranks`` and what was measured.
+Every rank produces the same records, up to what its own clock says; only rank 0 has writers, so nobody has to ask for
+the rank.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
 from job.config import Config, fields
-from job.data.dataset import FASHION_MNIST, Split
+from job.data.dataset import FASHION_MNIST, Dataset, Split
 from job.fitness.facts import commit, versions
 from job.monitoring import pictures
 from job.monitoring.graph import graph_of
@@ -42,8 +42,8 @@ _GROUPS = {
 _OWN_PAGES = ("step", "split", "pace", "confusion", "mistakes")  # not scalars as they stand
 _LAYOUT = {
     "train and test": {
-        "loss": ["Multiline", ["train/loss", "test/loss"]],
-        "accuracy": ["Multiline", ["train/accuracy", "test/accuracy"]],
+        "loss": ["Multiline", ["train/loss", "validation/loss", "test/loss"]],
+        "accuracy": ["Multiline", ["train/accuracy", "validation/accuracy", "test/accuracy"]],
         "accuracy by class": ["Multiline", ["accuracy_by_class/.*"]],
     },
     "ranks": {
@@ -61,11 +61,11 @@ _METRICS = ("test/accuracy", "test/loss", "train/accuracy", "train/loss", "throu
 
 
 class Subject(NamedTuple):
-    """What is looked into: a run's configuration, its network, and the images that it is tested on."""
+    """What is looked into: a run's configuration, its network, and its data."""
 
     config: Config
     learner: Learner
-    test: Split
+    data: Dataset
 
 
 class TensorBoard(Writer):
@@ -107,9 +107,11 @@ class TensorBoard(Writer):
         self._writer.file_writer.add_summary(Summary(value=values), step)  # in one event: half the time of one each
         if self._subject and not self._described:
             self._describe(self._subject, step)
-        if self._subject and record["split"] == "test":
-            self._draw(record, self._subject.test, step)
-            self._add_histograms(self._subject.learner, step)
+        if self._subject and record["split"] != "train":
+            splits = dict(self._subject.data.measured(last=True))
+            self._draw(record, splits[record["split"]], step)
+            if record["split"] == next(iter(splits)):
+                self._add_histograms(self._subject.learner, step)
         self._writer.flush()  # it would keep the last two minutes to itself, and lose them with the process
 
     def finish(self, summary: Record) -> None:
@@ -131,18 +133,18 @@ class TensorBoard(Writer):
         self._writer.add_text("versions", table(about), step)
         self._described = True
 
-    def _draw(self, record: Record, test: Split, step: int) -> None:
-        title = f"step {step}: {record['accuracy']:.2%} of {record['examples']} test images right"
+    def _draw(self, record: Record, split: Split, step: int) -> None:
+        title = f"step {step}: {record['accuracy']:.2%} of {record['examples']} {record['split']} images right"
         confusion = np.array(record["confusion"])
         mistakes = [Mistake(**mistake) for mistake in record["mistakes"]]
-        images = test.images[np.array([mistake.image for mistake in mistakes], np.int64)] if mistakes else []
+        images = split.images[np.array([mistake.image for mistake in mistakes], np.int64)] if mistakes else []
         drawn = {
             "worst_mistakes": pictures.worst_mistakes(mistakes, images, self._classes, f"step {step}: worst mistakes")
         }
         if len(self._classes) <= DRAWN_CLASSES:
             drawn["confusion_matrix"] = pictures.confusion_matrix(confusion, self._classes, title)
         for name, picture in sorted(drawn.items()):
-            image = Summary.Value(tag=f"test/{name}", image=_png(picture))
+            image = Summary.Value(tag=f"{record['split']}/{name}", image=_png(picture))
             self._writer.file_writer.add_summary(Summary(value=[image]), step)
 
     def _add_histograms(self, learner: Learner, step: int) -> None:
@@ -161,13 +163,14 @@ class TensorBoard(Writer):
         features_of = _features(subject.learner.net)
         if features_of is None:
             return
-        learner, side = subject.learner, math.isqrt(min(PROJECTED, len(subject.test.labels)))
+        learner, test = subject.learner, subject.data.test
+        side = math.isqrt(min(PROJECTED, len(test.labels)))
         shown = slice(0, side**2)
-        images, _ = learner.feed(subject.test, shown)
+        images, _ = learner.feed(test, shown)
         found = features_of(images).asnumpy().astype(np.float64)
         features = found.reshape(len(found), -1).round(4)  # written as text
-        names = [self._classes[label] for label in subject.test.labels[shown]]
-        pixels = subject.test.images[shown].reshape(-1, *learner.feed.about.shape) / np.float32(255)
+        names = [self._classes[label] for label in test.labels[shown]]
+        pixels = test.images[shown].reshape(-1, *learner.feed.about.shape) / np.float32(255)
         sprites = pixels if pixels.shape[1] == 3 else np.repeat(pixels[:, :1], 3, axis=1)
         self._writer.add_embedding(features, names, sprites, step, tag="penultimate_features")
 
@@ -244,7 +247,7 @@ def scalars(record: Record, classes: Sequence[str] = FASHION_MNIST.classes) -> I
     """The curves that a record adds a point to, in groups that fold well."""
     split = record["split"]
     for name, value in record.items():
-        if name not in _OWN_PAGES and (split, name) != ("test", "ranks"):  # which the train record of the step has
+        if name not in _OWN_PAGES and (split == "train" or name != "ranks"):  # which the train record of the step has
             yield f"{_GROUPS.get(name, split)}/{name}", value
     for name, value in record.get("pace", {}).items():
         if isinstance(value, list):
@@ -254,8 +257,9 @@ def scalars(record: Record, classes: Sequence[str] = FASHION_MNIST.classes) -> I
             yield f"throughput/{name}", value
     if len(classes) > DRAWN_CLASSES:
         return
+    by_class = "validation_accuracy_by_class" if split == "validation" else "accuracy_by_class"
     for name, counts, place in zip(classes, record.get("confusion", ()), range(len(classes))):
-        yield f"accuracy_by_class/{re.sub('[^a-zA-Z]+', '_', name)}", counts[place] / max(sum(counts), 1)
+        yield f"{by_class}/{re.sub('[^a-zA-Z]+', '_', name)}", counts[place] / max(sum(counts), 1)
 
 
 def experiment() -> api_pb2.Experiment:

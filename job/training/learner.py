@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import mxnet as mx
 import numpy as np
@@ -24,6 +24,7 @@ from job.networks.kernels import host_view
 from job.networks.shards import ShardedNetwork, dropout_mask
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
+from job.training.average import Average
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import ExactSum, sum_of_squares
 from job.training.metrics import Meter, Totals
@@ -69,7 +70,7 @@ class Feed(NamedTuple):
     def __call__(
         self, split: Split, samples: Any, change: Callable[[Any], Any] = lambda pixels: pixels
     ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """Images (n, channels, height, width), changed and then scaled, and labels (n,) of samples with these indices."""
+        """Images (n, channels, height, width), changed and then scaled, and labels (n,) of samples of these indices."""
         pixels = change(split.images[samples])
         images = mx.nd.array(pixels, ctx=self.ctx, dtype=np.uint8)  # scaled there: a quarter to copy
         labels = mx.nd.array(split.labels[samples], ctx=self.ctx, dtype=self.dtype)
@@ -137,6 +138,8 @@ class Learner:
         self._sums = self._lay_out(shards)
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
+        decay = config.train.average_decay
+        self.average = Average(net, decay) if decay is not None else None
 
     def step(
         self,
@@ -200,16 +203,23 @@ class Learner:
             "pace": self.pace.gather(),
         }
 
-    def evaluate(self, split: Split, chunk: int) -> Evaluation:
+    def evaluations(self, split: Split, chunk: int) -> tuple[Evaluation, Optional[Evaluation]]:
+        """What :meth:`evaluate` finds with the weights, and with their moving average if there is one."""
+        found = self.evaluate(split, chunk)
+        return found, self.evaluate(split, chunk, self.average.weights()) if self.average else None
+
+    def evaluate(self, split: Split, chunk: int, weights: Optional[dict[str, mx.nd.NDArray]] = None) -> Evaluation:
         """Loss and accuracy over every sample of ``split`` exactly once, in chunks of at most ``chunk`` samples.
 
-        The chunks are the same for any number of ranks; each is computed by one rank.
+        The chunks are the same for any number of ranks; each is computed by one rank. The weights are those of the
+        network, unless others are given by the names of their parameters.
         """
         samples = Span(0, len(split.labels))
         total = -(-len(samples) // chunk)
         own = own_shards(self.comm.rank, self.comm.size, total)
         # Of copies: inference on a CPU reorders weights where they lie, into a layout of its own.
-        weights = {name: parameter.data().copy() for name, parameter in self._parameters.items()}
+        weights = weights or {name: parameter.data() for name, parameter in self._parameters.items()}
+        weights = {name: array.copy() for name, array in weights.items()}
         outcomes = []
         for number in own:
             span = samples.part(number, total)
@@ -302,6 +312,8 @@ class Learner:
         weights = [parameter.data().copy() for parameter in self._trained] if measure else []
         self.trainer.set_learning_rate(learning_rate)
         self.trainer.update(1)
+        if self.average:
+            self.average.update(self.steps - self.skipped)
         self._change = None
         if measure:
             moved = [parameter.data() - old for parameter, old in zip(self._trained, weights)]

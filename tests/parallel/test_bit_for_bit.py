@@ -32,6 +32,10 @@ SETTINGS = {
     ],
     "statistics of each shard": ["model.sync_batch_norm=false", "train.accumulate_steps=2"],
     "float64": ["model.dtype=float64"],
+    "augmented, validated, averaged": [
+        "data.augment.horizontal_flip=true", "data.augment.crop_padding=2", "data.augment.erase_probability=0.5",
+        "data.validation_fraction=0.1", "train.average_decay=0.9", "optimizer.momentum=0.9",
+    ],
 }  # fmt: skip
 
 
@@ -74,6 +78,16 @@ def by_ranks(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 def test_two_and_three_ranks_learn_what_one_learns(by_ranks: dict[int, Any], setting: str) -> None:
     assert by_ranks[2][setting] == by_ranks[1][setting]
     assert by_ranks[3][setting] == by_ranks[1][setting]
+
+
+def test_the_test_set_is_measured_once_and_the_average_beside_the_weights(by_ranks: dict[int, Any]) -> None:
+    _, found = by_ranks[2]["augmented, validated, averaged"]
+    steps = {
+        split: [record["step"] for record in found if record["split"] == split] for split in ("validation", "test")
+    }
+    assert steps == {"validation": [6, 12], "test": [12]}
+    assert all({"average_loss", "average_accuracy"} <= {*record} for record in found if record["split"] != "train")
+    assert by_ranks[2]["augmented, validated, averaged"][0] != by_ranks[2]["eight shards"][0]
 
 
 def test_cut_by_ranks_the_same_batch_gives_other_bits(by_ranks: dict[int, Any]) -> None:

@@ -24,7 +24,10 @@ OVERRIDES = [
 CUTS = {3: 0, 8: 6, 9: 6, 12: 12, 16: 15, 17: 15}
 SETTINGS = {
     "sgd": [],
-    "momentum, cosine": ["optimizer.momentum=0.9", "schedule.name=cosine", "schedule.warmup_epochs=1"],
+    "momentum, cosine, augmented, validated, averaged": [
+        "optimizer.momentum=0.9", "schedule.name=cosine", "schedule.warmup_epochs=1", "data.augment.crop_padding=2",
+        "data.augment.horizontal_flip=true", "data.validation_fraction=0.1", "train.average_decay=0.9",
+    ],
     "adam, micro-batches, clipped": [
         "optimizer.name=adam", "optimizer.learning_rate=0.001", "train.accumulate_steps=2",
         "train.clip_gradient_norm=1.0",
@@ -53,7 +56,13 @@ def final_state(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
 @pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("ranks", "setting"),
-    [(1, "sgd"), (1, "adam, micro-batches, clipped"), (2, "momentum, cosine"), (2, "float64"), (4, "sgd")],
+    [
+        (1, "sgd"),
+        (1, "adam, micro-batches, clipped"),
+        (2, "momentum, cosine, augmented, validated, averaged"),
+        (2, "float64"),
+        (4, "sgd"),
+    ],
 )
 def test_a_run_that_goes_on_is_bit_for_bit_the_run_never_stopped(
     run_ranks: Any, tmp_path: Path, capfd: Any, ranks: int, setting: str

@@ -26,6 +26,8 @@ FREE = {
 BOUND = {
     "run.seed=1": "run.seed", "train.accumulate_steps=2": "train.accumulate_steps",
     "train.clip_gradient_norm=1": "train.clip_gradient_norm", "data.global_batch=128": "data.global_batch",
+    "data.validation_fraction=0.1": "data.validation_fraction", "data.validation_seed=1": "data.validation_seed",
+    "train.average_decay=0.99": "train.average_decay",
     "data.shards=4": "data.shards", "data.augment.horizontal_flip=true": "data.augment.horizontal_flip",
     "data.augment.crop_padding=2": "data.augment.crop_padding",
     "data.augment.erase_probability=0.1": "data.augment.erase_probability",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.sampler import Sampler, Span, own_shards, permutation
+from job.data.sampler import Sampler, Span, hold_out, own_shards, permutation
 
 RANKS = st.integers(1, 17)
 MICROS = st.integers(1, 5)
@@ -210,3 +212,40 @@ def test_the_order_of_fashion_mnist_is_pinned(seed: int, epoch: int, first: list
     order = permutation(60_000, seed, epoch)
     assert order[:8].tolist() == first
     assert (order.dtype, order.shape) == (np.int64, (60_000,))
+
+
+LABELS = np.random.default_rng(2).choice(5, 1000, p=[0.5, 0.3, 0.1, 0.099, 0.001]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.99])
+def test_of_each_class_that_part_is_held_out_and_nothing_is_lost(fraction: float) -> None:
+    kept, held = hold_out(LABELS, fraction, 0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(LABELS)))
+    for label in range(5):
+        count = int((label == LABELS).sum())
+        assert (LABELS[held] == label).sum() == math.floor(fraction * count)
+    assert (np.diff(held) > 0).all() and (np.diff(kept) > 0).all()
+    places = held[LABELS[held] == 0] / len(LABELS)
+    assert 0.35 < places.mean() < 0.65  # from all over the set
+
+
+def test_what_is_held_out_follows_from_its_own_seed_and_the_labels_alone() -> None:
+    np.testing.assert_array_equal(hold_out(LABELS, 0.2, 0)[1], hold_out(LABELS.astype(np.int64), 0.2, 0)[1])
+    assert not np.array_equal(hold_out(LABELS, 0.2, 0)[1], hold_out(LABELS, 0.2, 1)[1])
+    assert set(hold_out(LABELS, 0.1, 0)[1]) < set(hold_out(LABELS, 0.2, 0)[1])
+
+
+def test_nothing_is_held_out_unless_it_is_asked_for() -> None:
+    kept, held = hold_out(LABELS, 0.0, 0)
+    assert len(kept) == len(LABELS) and not len(held)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_an_epoch_has_each_sample_that_is_kept_once_and_no_other(shards: int) -> None:
+    kept, _ = hold_out(LABELS, 0.3, 0)
+    sampler = Sampler(len(kept), 64, 5, kept)
+    cut = [sampler.shards(3, step, range(shards), shards) for step in range(sampler.steps_per_epoch)]
+    seen = np.concatenate([shard.samples for of_step in cut for shard in of_step])
+    np.testing.assert_array_equal(np.sort(seen), kept)
+    np.testing.assert_array_equal(seen, kept[permutation(len(kept), 5, 3)])
+    assert {shard.epoch for of_step in cut for shard in of_step} == {3}

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from job.monitoring.console import PlainConsole, TerminalConsole, clock
+from job.monitoring.console import PlainConsole, TerminalConsole, clock, conclude, describe
 from tests.examples import SUMMARY, TEST, TRAIN
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -153,7 +153,7 @@ def test_under_launchers_lines_are_plain_unless_one_has_the_terminal(tmp_path: P
 def test_a_terminal_of_80_columns_shows_progress_in_one_line_and_keeps_what_matters(tmp_path: Path) -> None:
     lines = visible(on_terminal(tmp_path, columns=80))
     (row,) = (line for line in lines if line.startswith("0     235"))
-    kept = [TerminalConsole._HEADER, row, *concluding(tmp_path)]
+    kept = [TerminalConsole._HEADER.format(" test"), row, *concluding(tmp_path)]
     for line in kept:
         assert line in lines  # whole: a terminal breaks long lines itself, and copies them unbroken
     progress = [line for line in lines if line not in kept]
@@ -202,3 +202,32 @@ def test_a_folder_in_brackets_is_shown_as_it_is_called(tmp_path: Path) -> None:
     folder = tmp_path / "lr[bold]"
     folder.mkdir()
     assert f"{DONE_LINE}{folder}" in visible(on_terminal(folder, columns=80))
+
+
+def test_validation_and_averaged_weights_are_told_as_such() -> None:
+    validated = {**TEST, "split": "validation", "average_loss": 0.25, "average_accuracy": 0.9}
+    assert describe(validated) == (
+        "epoch 0 validation loss 0.5000 accuracy 0.8370; of averaged weights loss 0.2500 accuracy 0.9000"
+        " (train loss 0.2500 accuracy 0.9000)"
+    )
+    summary = {key: value for key, value in SUMMARY.items() if key != "best_test_accuracy"}
+    summary.update(
+        best_validation_accuracy=0.85, average_test_accuracy=0.84, average_test_loss=0.25, average_sha256="cd" * 32
+    )
+    lines = conclude(summary, Path("runs/one"))
+    assert lines[0] == "best: validation accuracy 0.8500 after step 100"
+    assert lines[-2] == "average of the weights: test accuracy 0.8400, loss 0.2500; weights cdcdcdcdcdcd"
+    assert lines[-1].startswith("done: test accuracy 0.8370")
+
+
+def test_the_table_of_a_terminal_shows_validations_and_the_average() -> None:
+    stream = io.StringIO()
+    writer = TerminalConsole(Path("runs/one"), 235, Console(file=stream, force_terminal=False, width=120))
+    for accuracy, average in ((0.8, 0.7), (0.7, 0.75)):
+        writer.write({**TEST, "split": "validation", "accuracy": accuracy, "average_accuracy": average})
+    writer.write({**TEST, "average_accuracy": 0.99})
+    writer.close()
+    rows = [line for line in stream.getvalue().splitlines() if line.strip()]
+    assert len(rows) == 3 and rows[0].split()[5:8] == ["valid.", "loss", "accuracy"]
+    assert rows[0].endswith("average")
+    assert rows[1].rstrip().endswith("0.7000 *") and rows[2].rstrip().endswith("0.7500 *")

@@ -186,3 +186,66 @@ def test_a_test_record_holds_the_confusion_and_the_worst_mistakes_as_json_can(me
     kept = json.loads(json.dumps(memory.records[0]))
     assert kept["confusion"] == [[1, 1], [0, 0]]
     assert kept["mistakes"] == [{"image": 7, "true": 0, "predicted": 1, "loss": 3.5}]
+
+
+def validate_twice_and_test(memory: Memory, clock: Clock) -> Recorder:
+    recorder = Recorder([memory])
+    for step, right in ((2, 30.0), (4, 20.0)):
+        clock.now += 1
+        recorder.train(step, step // 2 - 1, Totals(50.0 * step, 80.0, 100.0), 0.1)
+        recorder.test(step, step // 2 - 1, Evaluation(10.0, right, 40.0), split="validation")
+    recorder.test(4, 1, Evaluation(80.0, 90.0, 100.0))
+    return recorder
+
+
+def test_with_a_validation_set_it_chooses_the_best_and_the_test_set_is_told_once(memory: Memory, clock: Clock) -> None:
+    recorder = validate_twice_and_test(memory, clock)
+    assert recorder.score(4) == 0.5 and recorder.score(2) is None
+    recorder.finish()
+    (summary,) = memory.summaries
+    expected = {
+        "best_validation_accuracy": 0.75,
+        "best_step": 2,
+        "validation_accuracy": 0.5,
+        "validation_examples": 40,
+        "test_accuracy": 0.9,
+        "test_loss": 0.8,
+        "test_examples": 100,
+        "steps": 4,
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert "best_test_accuracy" not in summary
+
+
+def test_the_test_after_a_validation_has_the_same_epoch_beside_it(memory: Memory, clock: Clock) -> None:
+    validate_twice_and_test(memory, clock)
+    validation, test = memory.records[-2:]
+    assert (validation["split"], test["split"]) == ("validation", "test")
+    assert validation["train_loss"] == test["train_loss"] == 2.0
+    assert validation["train_accuracy"] == test["train_accuracy"] == 0.8
+
+
+def test_a_run_that_goes_on_remembers_its_validations(memory: Memory, clock: Clock) -> None:
+    whole = validate_twice_and_test(memory, clock)
+    other = Recorder([second := Memory()])
+    other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert other.score(4) == 0.5
+    whole.finish()
+    other.finish()
+    assert second.summaries == memory.summaries
+
+
+def test_averaged_weights_are_told_beside_the_last_ones_and_choose_the_best(memory: Memory, clock: Clock) -> None:
+    recorder = Recorder([memory])
+    clock.now += 1
+    recorder.train(1, 0, Totals(1.0, 1.0, 1.0), 0.1)
+    recorder.test(1, 0, Evaluation(10.0, 30.0, 40.0), Evaluation(5.0, 32.0, 40.0))
+    recorder.test(2, 1, Evaluation(10.0, 38.0, 40.0), Evaluation(5.0, 31.0, 40.0))
+    assert (memory.records[1]["accuracy"], memory.records[1]["average_accuracy"]) == (0.75, 0.8)
+    assert (memory.records[1]["loss"], memory.records[1]["average_loss"]) == (0.25, 0.125)
+    assert recorder.score(2) == 31 / 40
+    recorder.finish()
+    (summary,) = memory.summaries
+    assert (summary["best_test_accuracy"], summary["best_step"]) == (0.8, 1)
+    assert (summary["test_accuracy"], summary["average_test_accuracy"]) == (0.95, 31 / 40)
+    assert summary["average_test_loss"] == 0.125

@@ -29,7 +29,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from job.config import Config, load_config
-from job.data.dataset import FASHION_MNIST, Split
+from job.data.dataset import FASHION_MNIST, Dataset, Split
 from job.data.sampler import Shard
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
@@ -61,7 +61,7 @@ def subject(*overrides: str) -> Subject:
     learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config)
     learner.step(split, [[Shard(np.arange(first, first + 5), first) for first in range(0, 40, 5)]], 40, 0.1)
     learner.comm = Alone()
-    return Subject(config, learner, split)
+    return Subject(config, learner, Dataset(split, split, FASHION_MNIST))
 
 
 def write(folder: Path, *records: dict[str, Any], last_step: int = 0, shown: Optional[Subject] = None) -> None:
@@ -150,8 +150,8 @@ def test_one_page_puts_train_and_test_on_one_chart_and_all_ranks_on_another(tmp_
     write(tmp_path, TRAIN)
     layout = Layout.FromString(read(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert charts["loss"] == ["train/loss", "test/loss"]
-    assert charts["accuracy"] == ["train/accuracy", "test/accuracy"]
+    assert charts["loss"] == ["train/loss", "validation/loss", "test/loss"]
+    assert charts["accuracy"] == ["train/accuracy", "validation/accuracy", "test/accuracy"]
     assert ["ranks/compute_seconds/.*"] in charts.values() and ["ranks/wait_seconds/.*"] in charts.values()
 
 
@@ -211,7 +211,7 @@ def test_the_pictures_are_those_of_the_evaluation(whole: tuple[Path, Subject]) -
             np.array(CONFUSION), FASHION_MNIST.classes, "step 235: 83.70% of 10000 test images right"
         ),
         "test/worst_mistakes": pictures.worst_mistakes(
-            [Mistake(3, 0, 1, 4.5)], [shown.test.images[3]], FASHION_MNIST.classes, "step 235: worst mistakes"
+            [Mistake(3, 0, 1, 4.5)], [shown.data.test.images[3]], FASHION_MNIST.classes, "step 235: worst mistakes"
         ),
     }
     for tag, picture in expected.items():
@@ -254,19 +254,19 @@ def test_the_projector_has_the_features_the_names_and_the_images(whole: tuple[Pa
     config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
     features = np.loadtxt(folder / embedding.tensor_path, delimiter="\t")
-    images, _ = shown.learner.feed(shown.test, slice(0, 36))  # of 40: the largest square
+    images, _ = shown.learner.feed(shown.data.test, slice(0, 36))  # of 40: the largest square
     *_, last = net = shown.learner.net
     decided = features @ last.weight.data().asnumpy().T + last.bias.data().asnumpy()
     np.testing.assert_allclose(decided, net(images).asnumpy(), atol=1e-3)  # features are written with 4 decimals
     assert features.min() == 0 and features.max() > 0.01
     names = (folder / embedding.metadata_path).read_text().splitlines()
-    assert names == [FASHION_MNIST.classes[label] for label in shown.test.labels[:36]]
+    assert names == [FASHION_MNIST.classes[label] for label in shown.data.test.labels[:36]]
     sprite = np.asarray(Image.open(folder / embedding.sprite.image_path))
     assert list(embedding.sprite.single_image_dim) == [28, 28]
     assert sprite.shape[:2] == (6 * 28, 6 * 28)  # and so no place of it is left to chance
     for index in range(36):
         y, x0 = index // 6 * 28, index % 6 * 28
-        difference = sprite[y : y + 28, x0 : x0 + 28, 0].astype(int) - shown.test.images[index]
+        difference = sprite[y : y + 28, x0 : x0 + 28, 0].astype(int) - shown.data.test.images[index]
         assert abs(difference).max() <= 1
 
 
@@ -396,3 +396,18 @@ def test_shared_memory_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_network_that_is_no_sequence_would_be_a_mistake_found_here() -> None:
     """The projector cuts off the last layer of a sequence."""
     assert isinstance(models.build(load_config().model), nn.HybridSequential)
+
+
+def test_a_validation_has_curves_and_pictures_of_its_own_beside_those_of_the_test(tmp_path: Path) -> None:
+    shown = subject()
+    shown = shown._replace(data=shown.data.holding_out(np.arange(8)))
+    validation = {**TRAIN, **TEST, "split": "validation", "average_accuracy": 0.9}
+    write(tmp_path, validation, {**TEST, "accuracy": 0.5}, shown=shown)
+    events = read(tmp_path)
+    assert events.Scalars("validation/accuracy")[0].value == pytest.approx(0.837)
+    assert events.Scalars("validation/average_accuracy")[0].value == pytest.approx(0.9)
+    assert [event.value for event in events.Scalars("test/accuracy")] == [0.5]
+    assert len(events.Scalars("validation_accuracy_by_class/Trouser")) == 1
+    assert len(events.Scalars("accuracy_by_class/Trouser")) == 1
+    assert {"validation/confusion_matrix", "test/confusion_matrix"} <= {*events.Tags()["images"]}
+    assert all(len(events.Histograms(tag)) == 1 for tag in events.Tags()["histograms"])
