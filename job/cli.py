@@ -78,7 +78,9 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
 
 def _check_network(config: Config) -> None:
     """Of the project's own network for the project's own data there is nothing to find out."""
-    if config.model.is_tutorial and config.data.format == "idx" and not config.data.augment.changes:
+    model = config.model.model_copy(update={"weights": None}) if resume.goes_on(config) else config.model
+    known = model.is_tutorial and config.data.format == "idx"
+    if known and not model.weights and not config.data.augment.changes:
         return
     from job.data import formats  # only now, for they import numpy and MXNet
     from job.data.dataset import FASHION_MNIST
@@ -92,7 +94,7 @@ def _check_network(config: Config) -> None:
         except DataError as error:  # which nobody has to start ranks for
             raise UsageError(str(error)) from None
     require_fit(config.data.augment, about)
-    check(config.model, len(about.classes), about.shape)
+    check(model, len(about.classes), about.shape)
 
 
 def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:

@@ -301,6 +301,7 @@ class ModelConfig(Section):
     options: Dict[str, Any] = Field(  # noqa: UP006
         {}, description="arguments of a network of the zoo or of your own, by name"
     )
+    weights: Optional[Path] = Field(None, description="file of trained weights to start from: .params or .safetensors")
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of weights and activations; float64 takes twice as long"
     )

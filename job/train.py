@@ -32,7 +32,7 @@ from mxnet import Context
 from mxnet.gluon import HybridBlock
 
 from job import run_dir
-from job.checkpoints.resume import open_checkpoints
+from job.checkpoints.resume import goes_on, open_checkpoints
 from job.checkpoints.state import RunState
 from job.config import Config
 from job.data import formats
@@ -47,7 +47,7 @@ from job.monitoring.profiler import Profiler
 from job.monitoring.recorder import Recorder
 from job.monitoring.tensorboard import Subject
 from job.monitoring.writers import open_writers
-from job.networks import models
+from job.networks import models, weights
 from job.training.learner import Feed, Learner
 from job.training.schedule import Schedule, peak_learning_rate
 
@@ -67,10 +67,12 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
 
 
 def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) -> Learner:
-    """The network with weights that follow from the seed, and its optimizer."""
+    """The network with weights that follow from the seed or are of a file, and its optimizer."""
     seed_everything(config.run.seed)
     net = models.build(config.model, len(about.classes), about.shape)
     models.initialize(net, ctx, config.model.dtype, about.shape)
+    if comm.rank == 0 and config.model.weights and not goes_on(config):  # the others receive what rank 0 has
+        print(f"model.weights={config.model.weights}: {weights.load(net, config.model.weights)}", flush=True)
     return Learner(net, comm, Feed(ctx, config.model.dtype, about), config)
 
 

@@ -67,6 +67,12 @@ def check(config: Config, ranks: int) -> None:
         require_same_run(found, {**of, **known})
 
 
+def goes_on(config: Config) -> bool:
+    """Whether the run is to go on from a checkpoint, intact or not, and does not begin."""
+    newest = config.run.resume == "auto" and Store(config.run.dir / CHECKPOINTS, 1).paths()
+    return bool(newest) or config.run.resume not in ("auto", "never")
+
+
 def _batch_may_limit(config: Config, ranks: int, there: int) -> bool:
     """Whether a run with ``there`` shards may be what this one comes to, because its smallest batch holds no more."""
     half = config.data.global_batch_of(ranks) // config.train.accumulate_steps // 2  # the last batch is no smaller

@@ -14,13 +14,15 @@ from job.networks import models
 from job.networks.batch_norm_operator import Group
 from job.networks.others import said
 from job.networks.shards import write_sharded
+from job.networks.weights import match
 
 
 def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, int, int] = models.IMAGE_SHAPE) -> None:
     """Build the network, trace it, and follow the shapes through it.
 
     Raises:
-        UsageError: it cannot be built, hybridized or sharded, or does not turn such images into (N, classes).
+        UsageError: it cannot be built, hybridized or sharded, does not turn such images into (N, classes), or is not
+            the one that the weights to start from are of.
     """
     net = models.build(model, classes, shape)
     size = f"{shape[1]}x{shape[2]} with {shape[0]} channel{'s' * (shape[0] > 1)}"
@@ -37,7 +39,7 @@ def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, i
         raise UsageError(f"model.name={model.name}: {error}") from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where MXNet lists the arguments of what it refuses
-            _, (found,), _ = symbol.infer_shape(data=(2, *shape))
+            arguments, (found,), states = symbol.infer_shape(data=(2, *shape))
     except Exception as error:
         raise UsageError(f"model.name={model.name}: takes no images of {size}: {said(error)}") from None
     if found != (2, classes):
@@ -45,3 +47,11 @@ def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, i
             f"model.name={model.name}: makes (N, {', '.join(map(str, found[1:]))}) of images of {size}, and"
             f" (N, {classes}) is needed, a number for each class"
         )
+    if model.weights:
+        by_name = {
+            **dict(zip(symbol.list_arguments(), arguments)),
+            **dict(zip(symbol.list_auxiliary_states(), states)),
+        }
+        parameters = dict(net._collect_params_with_prefix().items())
+        shapes = {place: by_name.get(parameter.name, parameter.shape) for place, parameter in parameters.items()}
+        match(model.weights, shapes, {parameter.name: place for place, parameter in parameters.items()})
