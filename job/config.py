@@ -306,6 +306,9 @@ class ModelConfig(Section):
         "float32", description="of weights and activations; float64 takes twice as long"
     )
     sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each shard's")
+    sync_batch_norm_group: Optional[int] = Field(
+        None, ge=1, description="BatchNorm statistics over so many shards; null: over all, the global batch"
+    )
     fuse_batch_norm: bool = Field(
         True, description="on a CPU, BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
     )
@@ -320,6 +323,8 @@ class ModelConfig(Section):
             raise ValueError(f"dense_batch_norm=true contradicts name={self.name}; it is for name=tutorial")
         if self.is_tutorial and self.options:
             raise ValueError(f"options are for networks of the zoo or of your own; name={self.name} takes none")
+        if self.sync_batch_norm_group is not None and not self.sync_batch_norm:
+            raise ValueError("sync_batch_norm_group contradicts sync_batch_norm=false, which is groups of one shard")
         return self
 
     @field_validator("name")
@@ -334,6 +339,11 @@ class ModelConfig(Section):
     @classmethod
     def _plain_values(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {str(name): _plain(item) for name, item in value.items()}
+
+    @property
+    def shards_of_statistics(self) -> Optional[int]:
+        """How many shards share the statistics of BatchNorm; None for all of them."""
+        return self.sync_batch_norm_group if self.sync_batch_norm else 1
 
     @property
     def is_tutorial(self) -> bool:

@@ -132,7 +132,8 @@ def main(config: Optional[Config] = None) -> None:
     """Parse, unless that is done, join the other ranks, train, leave together."""
     config = config or parse()
     lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
-    comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled))
+    groups = config.model.sync_batch_norm_group is not None
+    comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled), subsets=groups)
     with peer_errors():
         try:
             train(config, comm)

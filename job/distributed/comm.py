@@ -56,6 +56,10 @@ class Comm:
         """
         return values
 
+    def subset(self, ranks: Sequence[int]) -> Comm:
+        """A communicator, only for :meth:`sum`, of some of the ranks. All call this, in the same order."""
+        return self
+
     def gather_text(self, text: str, name: str) -> list[str]:
         """The text of each rank, in the order of ranks and cut to 500 bytes each. Waits for all."""
         table = np.zeros((self.size, 500))
@@ -97,16 +101,22 @@ class HorovodComm(Comm):
         process_set: a ``horovod.mxnet.ProcessSet``; by default all ranks. ``rank`` and ``size`` are those within it.
         timeline: whether :meth:`start_timeline` will be called. It has its price all the time: from the start to the
             end rank 0 has a thread that never sleeps.
+        subsets: whether :meth:`subset` will be called.
     """
 
-    def __init__(self, timeout_seconds: float, process_set: Any = None, timeline: bool = False) -> None:
+    def __init__(
+        self, timeout_seconds: float, process_set: Any = None, timeline: bool = False, subsets: bool = False
+    ) -> None:
         import horovod.mxnet as hvd
 
         super().__init__()
         if timeline:
             os.environ.setdefault(_TIMELINE, _ON_DEMAND)
+        if subsets:
+            os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
         self._hvd = hvd
         self._entered = 0  # collectives
+        self._subsets: dict[tuple[int, ...], Comm] = {}
         self._clock = threading.Lock()  # of blocked_seconds: MXNet's threads sum too
         self._roll_call = RollCall(placement().rank, lambda: self._entered)
         self._watchdog = Watchdog(timeout_seconds, self._expire, is_orphan)
@@ -151,12 +161,21 @@ class HorovodComm(Comm):
         if os.environ.get(_TIMELINE) == _ON_DEMAND:
             self._hvd.stop_timeline()
 
-    def sum(self, values: np.ndarray, name: str) -> np.ndarray:
+    def subset(self, ranks: Sequence[int]) -> Comm:
+        if len(ranks) == self.size:
+            return self
+        key = tuple(ranks)
+        if key not in self._subsets:  # Horovod refuses a set that is there already
+            self._subsets[key] = _Subset(self, self._hvd.add_process_set(list(ranks)))
+        return self._subsets[key]
+
+    def sum(self, values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
+        options = {"process_set": process_set} if process_set else self._options
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
             total = mx.nd.array(values, dtype="float64")
-            self._entered += 1
+            self._entered += not process_set  # of those that all ranks enter
             started = time.perf_counter()
-            self._hvd.allreduce_(total, average=False, name=name, **self._options)
+            self._hvd.allreduce_(total, average=False, name=name, **options)
             result = total.asnumpy()
             with self._clock:
                 self.blocked_seconds += time.perf_counter() - started
@@ -187,6 +206,17 @@ class HorovodComm(Comm):
         os._exit(1)
 
 
+class _Subset(Comm):
+    """Some of the ranks. Of a rank that is not among them it is never asked anything."""
+
+    def __init__(self, whole: HorovodComm, process_set: Any) -> None:
+        super().__init__()
+        self._whole, self._process_set = whole, process_set
+
+    def sum(self, values: np.ndarray, name: str) -> np.ndarray:
+        return self._whole.sum(values, name, self._process_set)
+
+
 @contextmanager
 def peer_errors() -> Iterator[None]:
     """Turn what MXNet raises when another rank has failed into :class:`PeerLostError`."""
@@ -198,7 +228,7 @@ def peer_errors() -> Iterator[None]:
         raise
 
 
-def connect(timeout_seconds: float, timeline: bool = False) -> Comm:
+def connect(timeout_seconds: float, timeline: bool = False, subsets: bool = False) -> Comm:
     """Join the job that the launcher announced; a process on its own if there was no launcher.
 
     Raises:
@@ -209,4 +239,4 @@ def connect(timeout_seconds: float, timeline: bool = False) -> Comm:
             f"HOROVOD_RANK and HOROVOD_SIZE say that this is rank {placement().rank} of {placement().size}, but no"
             " launcher started it: unset them, they are left over from another job"
         )
-    return HorovodComm(timeout_seconds, timeline=timeline) if placement().size > 1 else Comm()
+    return HorovodComm(timeout_seconds, None, timeline, subsets) if placement().size > 1 else Comm()

@@ -48,22 +48,24 @@ class Group:
         comm: the ranks that hold the shards.
         own: this rank's shards.
         shards: how many there are on all ranks.
-        synchronize: whether the statistics are those of all shards; otherwise each shard has its own, nothing is
-            communicated, and whoever trains updates the running statistics from :attr:`moments`.
+        size: how many shards, one after the other, share statistics; by default all of them. Nothing is communicated
+            of those that one rank holds. Where it is not all, whoever trains updates the running statistics from
+            :attr:`moments`. Ranks make their groups in the same order.
         unbiased: whether running_var takes the unbiased estimate of the variance, n / (n - 1) times the biased one by
             which the batch is normalized. MXNet itself takes the biased one on the CPU, the unbiased one with cuDNN.
     """
 
-    def __init__(self, comm: Comm, own: range, shards: int, synchronize: bool = True, unbiased: bool = False) -> None:
+    def __init__(self, comm: Comm, own: range, shards: int, size: Optional[int] = None, unbiased: bool = False) -> None:
         self.comm = comm
         self.own = own
         self.shards = shards
-        self.synchronize = synchronize
+        self.whole = size is None or size >= shards  # whether the statistics are those of all shards
         self.unbiased = unbiased
         self.key = f"{comm.fresh_name('batch_norm')}.{id(self)}"
-        self.moments: dict[str, list[np.ndarray]] = {}  # by layer: of each forward (2, channels), see synchronize
+        self.moments: dict[str, list[np.ndarray]] = {}  # by layer: of each forward (own, 2, channels), if not whole
         self.unanswered: dict[str, set[int]] = {}  # by layer: numbers of the forwards whose backward is still to come
         self._name = self.key.rpartition(".")[0]  # the same on all ranks
+        self._sharing = [(range(shards), comm)] if self.whole else _sharing(comm, own, shards, size or shards)
         _GROUPS[self.key] = self
         # What is still queued when a script ends needs Python and the other ranks: without them it aborts or hangs.
         # This is registered after the hooks of MXNet and of Horovod, and so runs before them.
@@ -74,18 +76,36 @@ class Group:
 
         Waits for the other ranks. NaN if one has failed.
         """
-        if not self.synchronize:
-            return rows
-        table = np.zeros((self.shards, rows.shape[1]))
-        table[self.own.start : self.own.stop] = rows
-        try:
-            table = self.comm.sum(table, f"{self._name}.{name}")
-        except PeerLostError:
-            # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
-            # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
-            table = np.full_like(table, np.nan)
-        # One after the other: numpy's own sum would be as exact, but in an order that it does not promise.
-        return np.broadcast_to(functools.reduce(np.add, table), rows.shape)
+        result = np.empty_like(rows)
+        for sharing, comm in self._sharing:
+            table = np.zeros((len(sharing), rows.shape[1]))
+            here = range(max(sharing.start, self.own.start), min(sharing.stop, self.own.stop))
+            mine = slice(here.start - self.own.start, here.stop - self.own.start)
+            table[here.start - sharing.start : here.stop - sharing.start] = rows[mine]
+            try:
+                table = comm.sum(table, f"{self._name}.{name}.{sharing.start}")
+            except PeerLostError:
+                # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
+                # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
+                table = np.full_like(table, np.nan)
+            # One after the other: numpy's own sum would be as exact, but in an order that it does not promise.
+            result[mine] = functools.reduce(np.add, table)
+        return result
+
+
+def _sharing(comm: Comm, own: range, shards: int, size: int) -> list[tuple[range, Comm]]:
+    """The groups of shards that a rank has some of, and the ranks that have the others."""
+    table = np.zeros((comm.size, 2))
+    table[comm.rank] = own.start, own.stop
+    held = [range(int(start), int(stop)) for start, stop in comm.sum(table, comm.fresh_name("shards"))]
+    found = []
+    for start in range(0, shards, size):
+        sharing = range(start, min(start + size, shards))
+        ranks = [rank for rank, of in enumerate(held) if of.start < sharing.stop and sharing.start < of.stop]
+        subset = comm.subset(ranks) if len(ranks) > 1 else Comm()
+        if comm.rank in ranks:
+            found.append((sharing, subset))
+    return found
 
 
 @mx.operator.register("sync_batch_norm")
@@ -195,7 +215,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
         if is_train:
             rows = np.stack(side_by_side(lambda k: _row(xs[k], *passes.moments(xs[k])), range(n)))
             totals = self._group.total(f"{self._layer}.forward", rows)
-            saved = self._statistics(totals[:1] if self._group.synchronize else totals, gamma)
+            saved = self._statistics(totals[:1] if self._group.whole else totals, gamma)
             self._update_running(passes, saved, aux)
             self._number_backward()
         else:
@@ -277,7 +297,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
     def _update_running(self, passes: Passes, saved: _Statistics, aux: list[Any]) -> None:
         unbiased = self._group.unbiased
         var = saved.var * saved.values / np.maximum(saved.values - 1, 1) if unbiased else saved.var
-        if not self._group.synchronize:
+        if not self._group.whole:
             self._group.moments.setdefault(self._layer, []).append(np.stack([saved.mean, var], axis=1))
             return
         for running, values in zip(aux, (saved.mean, var)):

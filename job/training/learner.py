@@ -126,7 +126,7 @@ class Learner:
         self.trainer = gluon.Trainer(parameters, *optimizer_options(config.optimizer), kvstore=None)
         self._inference = _inference(net)
         shards = config.data.shards
-        self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.sync_batch_norm)
+        self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.shards_of_statistics)
         objective = _objective(net, config.train.label_smoothing)
         own_loops = can_fuse(feed.ctx, feed.dtype)
         fuse = own_loops and config.model.fuse_batch_norm
@@ -270,7 +270,7 @@ class Learner:
         self._votes, self._loss, self._correct = place, place + 1, place + 2
         self._moments: list[Span] = []  # of each BatchNorm and micro-batch, if each shard has its own statistics
         place += 3
-        for norm in [] if self._group.synchronize else self._network.graph.norms:
+        for norm in [] if self._group.whole else self._network.graph.norms:
             channels = self._parameters[norm.running_mean].data().size
             self._moments.append(Span(place, place + 2 * channels * self._micros))
             place = self._moments[-1].stop

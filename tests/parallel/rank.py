@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 60.0
 def main() -> None:
     module, function, folder = sys.argv[1:]
     arguments = pickle.loads((Path(folder) / "arguments.pickle").read_bytes())
-    comm = connect(TIMEOUT_SECONDS)
+    comm = connect(TIMEOUT_SECONDS, subsets=True)
     result = getattr(import_module(module), function)(comm, **arguments)
     (Path(folder) / f"{comm.rank}.pickle").write_bytes(pickle.dumps(result))
     comm.close()

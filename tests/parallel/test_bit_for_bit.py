@@ -30,6 +30,7 @@ SETTINGS = {
         "optimizer.momentum=0.9", "optimizer.nesterov=true", "model.dense_batch_norm=true",
         "optimizer.weight_decay=0.001",
     ],
+    "statistics of groups of three shards": ["model.sync_batch_norm_group=3"],
     "statistics of each shard": ["model.sync_batch_norm=false", "train.accumulate_steps=2"],
     "float64": ["model.dtype=float64"],
     "augmented, validated, averaged": [

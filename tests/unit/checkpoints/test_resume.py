@@ -34,7 +34,8 @@ BOUND = {
     "data.augment.erase_area=0.1": "data.augment.erase_area",
     "data.augment.colour_jitter=0.1": "data.augment.colour_jitter",
     "model.dtype=float64": "model.dtype", "model.dense_batch_norm=true": "model.dense_batch_norm",
-    "model.sync_batch_norm=false": "model.sync_batch_norm", "optimizer.momentum=0.9": "optimizer.momentum",
+    "model.sync_batch_norm=false": "model.sync_batch_norm",
+    "model.sync_batch_norm_group=2": "model.sync_batch_norm_group", "optimizer.momentum=0.9": "optimizer.momentum",
     "schedule.name=cosine": "schedule.name",
 }  # fmt: skip
 

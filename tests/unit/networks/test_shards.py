@@ -223,21 +223,23 @@ def test_the_same_graph_twice_gives_the_same_bits() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_without_synchronization_each_shard_is_normalized_by_its_own_statistics() -> None:
+@pytest.mark.parametrize(("size", "groups"), [(1, SIZES), (2, (SIZES[0] + SIZES[1], SIZES[2]))])
+def test_shards_of_a_group_are_normalized_by_the_statistics_of_their_group(size: int, groups: tuple[int, ...]) -> None:
     net = sequential(nn.BatchNorm())
     net.initialize()
     net(mx.nd.zeros((1, 2, 8, 8)))
-    group = Group(Comm(), range(SHARDS), SHARDS, synchronize=False)
+    group = Group(Comm(), range(SHARDS), SHARDS, size)
     network = ShardedNetwork(net, net(mx.sym.var("data")), ["data"], group)
     with autograd.record():
         outputs = network(shards_of(batch(), "float32"))
-    for (y,), part in zip(outputs, np.split(batch(), np.cumsum(SIZES)[:-1])):
-        mean, var = part.mean((0, 2, 3), keepdims=True), part.var((0, 2, 3), keepdims=True)
-        np.testing.assert_allclose(y.asnumpy(), (part - mean) / np.sqrt(var + 1e-5), rtol=0, atol=1e-5)
+    parts = np.split(batch(), np.cumsum(groups)[:-1])
+    mean, var = ([part_of(part, axis=(0, 2, 3), keepdims=True) for part in parts] for part_of in (np.mean, np.var))
+    expected = [(part - of_mean) / np.sqrt(of_var + 1e-5) for part, of_mean, of_var in zip(parts, mean, var)]
+    found = np.concatenate([y.asnumpy() for (y,) in outputs])
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=0, atol=1e-5)
     (moments,) = group.moments["0"]
-    parts = np.split(batch(), np.cumsum(SIZES)[:-1])
-    expected = [[part.mean((0, 2, 3)), part.var((0, 2, 3))] for part in parts]
-    np.testing.assert_allclose(moments, expected, rtol=1e-5)
+    for k in range(SHARDS):
+        np.testing.assert_allclose(moments[k], [mean[k // size].ravel(), var[k // size].ravel()], rtol=1e-5)
     np.testing.assert_array_equal(net[0].running_mean.data().asnumpy(), 0)  # whoever trains updates them
 
 
