@@ -75,8 +75,7 @@ if [[ $controller == mpi ]]; then
   # What a site's module says of mapping and binding is for its clusters: unset. PMIx keeps its data in memory (hash): in
   # shared files it waits for a lock for ever where TMPDIR is full or files run out. regx naive: the other kind cannot
   # spell a host name with an underscore.
-  settings=(HOROVOD_CONTROLLER=mpi HOROVOD_CPU_OPERATIONS=mpi "HOROVOD_CYCLE_TIME=${HOROVOD_CYCLE_TIME:-0.5}"
-    PMIX_MCA_gds=hash)
+  settings=(HOROVOD_CONTROLLER=mpi HOROVOD_CPU_OPERATIONS=mpi PMIX_MCA_gds=hash)
   as_root=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
   command=(env "${settings[@]}" "${as_root[@]}" mpirun -np "$ranks" --host "localhost:$ranks" --bind-to none
     --mca mpi_yield_when_idle 1 --mca pml ob1 --mca btl "vader,self" --mca btl_vader_single_copy_mechanism none

@@ -26,7 +26,7 @@ DETERMINISTIC = {
     "NVIDIA_TF32_OVERRIDE": "0",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # with several streams
 }
-_MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
+MEETING = "HOROVOD_GLOO_RENDEZVOUS_ADDR"  # without it no rank over Gloo finds the others
 
 
 class Placement(NamedTuple):
@@ -43,7 +43,7 @@ def placement() -> Placement:
 
     Horovod's own variables, where they are left over from another job, do not count beside those of mpirun.
     """
-    for names in (_HOROVOD, _MPI) if os.environ.get(_MEETING) or not os.environ.get(_MPI[1]) else (_MPI,):
+    for names in (_HOROVOD, _MPI) if os.environ.get(MEETING) or not os.environ.get(_MPI[1]) else (_MPI,):
         if os.environ.get(names[1]):
             return Placement(*(_number(name, default) for name, default in zip(names, Placement())))
     return Placement()
@@ -51,7 +51,7 @@ def placement() -> Placement:
 
 def launched() -> bool:
     """Whether a launcher that can bring ranks together has started this process, or it is on its own."""
-    return bool(placement().size == 1 or os.environ.get(_MEETING) or os.environ.get(_MPI[1]))
+    return bool(placement().size == 1 or os.environ.get(MEETING) or os.environ.get(_MPI[1]))
 
 
 def _number(name: str, default: int) -> int:
