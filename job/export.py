@@ -10,6 +10,11 @@ from pathlib import Path
 if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from job.distributed.search_path import explain_imports
+
+if __name__ == "__main__":
+    explain_imports()
+
 from job import command
 from job.config import from_home
 from job.data import formats as data

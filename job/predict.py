@@ -12,12 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from job.distributed.search_path import explain_imports
+
+if __name__ == "__main__":
+    explain_imports()
+
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-
-if not __package__:  # run as a script: find the package from any directory, and keep job/ itself off the path
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job import command
 from job.config import from_home

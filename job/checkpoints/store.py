@@ -247,7 +247,8 @@ def network_of(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Arrays in the format of ``mx.nd.save``.
 
-    Not by ``mx.nd.save`` itself: it does not notice that the disk was full when its last buffer went there.
+    Not by ``mx.nd.save`` itself: it does not notice that the disk was full when its last buffer went there. Nor as
+    safetensors, whose library copies all of it once more (``python -m benchmarks.checkpoint_encoding``).
     """
     chunks = [struct.pack("<QQQ", _LIST_MAGIC, 0, len(arrays))]
     for array in arrays.values():

@@ -17,6 +17,8 @@ from job.distributed.placement import placement
 from job.monitoring.recorder import merit
 from job.monitoring.records import Record, Writer
 
+_EXPORT = Path(__file__).resolve().parents[1] / "export.py"
+
 
 class PlainConsole(Writer):
     """Lines that can be searched, for logs and pipes."""
@@ -113,6 +115,7 @@ def conclude(summary: Record, folder: Path) -> list[str]:
         f"best: {split} accuracy {summary[f'best_{split}_accuracy']:.4f} after step {summary['best_step']}",
         f"time: {clock(summary['train_seconds'])} of training, evaluation not counted",
         f"look: tensorboard --logdir {shlex.quote(str(folder))}",
+        f"use: python {shlex.quote(os.path.relpath(_EXPORT))} {shlex.quote(str(folder))}",
         *([average] if average else []),
         f"done: test accuracy {summary['test_accuracy']:.4f}, loss {summary['test_loss']:.4f} after"
         f" {summary['steps']} steps ({summary['images_per_second']:.0f} images/s on {summary['ranks']}"

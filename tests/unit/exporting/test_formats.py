@@ -123,6 +123,25 @@ def test_what_was_traced_before_changes_no_byte(file: Path, tmp_path: Path, form
         assert path.read_bytes() == (files[1].parent / path.name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("alexnet", 224), ("densenet121", 224), ("inception_v3", 299), ("mobilenet0_25", 32), ("mobilenet_v2_0_25", 32),
+        ("resnet18_v1", 32), ("resnet18_v2", 32), ("squeezenet1_1", 224), ("vgg11_bn", 32),
+    ],
+)  # fmt: skip
+def test_every_family_of_the_zoo_says_the_same_in_onnx_and_in_mxnet(tmp_path: Path, name: str, side: int) -> None:
+    about = Description(("a", "b", "c"), (3, side, side))
+    net = models.build(ModelConfig(name=name), 3, about.shape)
+    models.initialize(net, mx.cpu(), shape=about.shape)
+    weights = {place: parameter.data().asnumpy() for place, parameter in net._collect_params_with_prefix().items()}
+    of = Trained(ModelConfig(name=name), about, weights, 0, "c0ffee")
+    images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), np.uint8)
+    of_onnx, of_mxnet = (open_model(written(of, form, tmp_path)).probabilities(images) for form in ("onnx", "mxnet"))
+    assert np.abs(of_onnx - of_mxnet).max() < 1e-5 and np.ptp(of_mxnet) > 1e-4
+
+
 def test_an_operator_without_equivalent_is_named_and_plain_mxnet_takes_it(file: Path, tmp_path: Path) -> None:
     of = trained(file, "odd")
     with pytest.raises(JobError, match=r"operator rcbrt \(rcbrt_0\) cannot be exported to ONNX.*--format mxnet"):

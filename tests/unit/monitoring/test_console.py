@@ -81,7 +81,8 @@ def read_terminal(descriptor: int) -> bytes:
 
 
 def concluding(folder: Path) -> list[str]:
-    return [*LOOK_LINES, f"look: tensorboard --logdir {folder}", f"{DONE_LINE}{folder}"]
+    use = f"use: python {os.path.relpath(ROOT / 'job' / 'export.py')} {folder}"
+    return [*LOOK_LINES, f"look: tensorboard --logdir {folder}", use, f"{DONE_LINE}{folder}"]
 
 
 def visible(output: str) -> list[str]:
