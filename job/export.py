@@ -38,7 +38,13 @@ def main() -> None:
     )
     parser.add_argument("--format", choices=list(FORMATS), help="default: as --output ends, else onnx")
     parser.add_argument(
-        "--checkpoint", default="last", metavar="last|best|STEP", help="default: last; best is by test accuracy"
+        "--checkpoint",
+        default="last",
+        metavar="last|best|STEP",
+        help="default: last; best is the one that measured best",
+    )
+    parser.add_argument(
+        "--no-average", action="store_true", help="not the moving average of the weights, if the run keeps one"
     )
     parser.add_argument("--output", type=from_home, metavar="FILE", help="default: model.onnx in RUN, or the like")
     export(parser.parse_intermixed_args())
@@ -53,8 +59,9 @@ def export(options: argparse.Namespace) -> None:
     config = runs.configuration(options.run, options.overrides)
     name, output = target(options.format, options.output, options.run)
     quicken()
-    trained = runs.load(options.run, config, options.checkpoint)
-    print(f"checkpoint after step {trained.step} of {options.run}", flush=True)
+    trained = runs.load(options.run, config, options.checkpoint, not options.no_average)
+    which = "the average of the weights" if trained.averaged else "the weights"
+    print(f"{which} after step {trained.step} of {options.run}", flush=True)
     dataset = data.load(config.data)
     runs.require_same_data(trained, dataset.about)
 
@@ -65,8 +72,8 @@ def export(options: argparse.Namespace) -> None:
         found = compare(FORMATS[name].read(file), trained, dataset.test)
     if name == "onnx" and trained.model.dtype != "float32":
         print(f"note: the run is in {trained.model.dtype}, the model in float32; --format mxnet keeps it")
-    if (best := runs.best(options.run)) and best.accuracy > found.right / found.total:
-        print(f"note: after step {best.step} the test accuracy was {best.accuracy:.4f}; --checkpoint best exports that")
+    if better := runs.better(options.run, options.checkpoint):
+        print(f"note: the run measured better after step {better}; --checkpoint best exports that")
     apart = f"within {found.difference:.1e}" if found.difference else "to the bit"
     measured = "as the run measured" if trained.accuracy is not None else "which the run did not measure at this step"
     shape = ", ".join(map(str, ("N", *input_shape(trained.about))))

@@ -18,7 +18,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -85,7 +85,7 @@ class Store:
             files = {ARRAYS: encode_arrays(arrays), STATE: encode_state(state)}
             for name, content in files.items():
                 _write(temporary / name, content)
-            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(network_of(arrays))))
+            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(part_of(arrays, "network"))))
             storage.sync_folder(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)
@@ -98,7 +98,7 @@ class Store:
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
-        return sorted((path for path in found if CHECKPOINT.fullmatch(path.name)), key=_step_of, reverse=True)
+        return sorted((path for path in found if CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
 
     def newest(self, warn: Callable[[str], None]) -> Optional[Checkpoint]:
         """The newest intact checkpoint, None if there is none at all; ``warn`` is told of each damaged one before it.
@@ -125,28 +125,31 @@ class Store:
             UsageError: there is none that is called so.
         """
         paths = self.paths()
-        named = {"last": paths[0] if paths else None, "best": _best(paths)}
-        found = named.get(which) or next((path for path in paths if which == str(_step_of(path))), None)
+        named = {"last": paths[0] if paths else None, "best": self.best()}
+        found = named.get(which) or next((path for path in paths if which == str(step_of(path))), None)
         if found:
             return found
-        steps = ", ".join(str(_step_of(path)) for path in reversed(paths))
+        steps = ", ".join(str(step_of(path)) for path in reversed(paths))
         if not paths:
             raise UsageError(f"{self.folder}: holds no checkpoint")
         if which == "best":
-            raise UsageError(
-                f"{self.folder}: no checkpoint has a test accuracy yet, so none is best; there are {steps}"
-            )
+            raise UsageError(f"{self.folder}: no checkpoint was measured yet, so none is best; there are {steps}")
         raise UsageError(f"{self.folder}: no checkpoint after step {which}; there are {steps}, and last and best")
+
+    def best(self) -> Optional[Path]:
+        """The checkpoint with the highest score, the first of equals; None if none has any."""
+        scores = {path: score for path in self.paths() if (score := score_of(path)) is not None}
+        return max(scores, key=lambda path: (scores[path], -step_of(path)), default=None)
 
     def tidy(self, last_step: int) -> None:
         """Remove what dead writers left, and what lies after ``last_step``, which the run will write anew."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            if UNFINISHED.fullmatch(path.name) or (path in self.paths() and _step_of(path) > last_step):
+            if UNFINISHED.fullmatch(path.name) or (path in self.paths() and step_of(path) > last_step):
                 self._remove_old(path)
 
     def _retain(self) -> None:
         paths = self.paths()
-        best = _best(paths)
+        best = self.best()
         for path in paths[self._keep :]:
             if path != best:
                 self._remove_old(path)
@@ -239,9 +242,9 @@ def weights_sha256(weights: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def network_of(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of a checkpoint's arrays the weights and running statistics, by their place in the network."""
-    return {name[len("network/") :]: array for name, array in arrays.items() if name.startswith("network/")}
+def part_of(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    """Of a checkpoint's arrays those of one part, such as ``network``: by their place in the network."""
+    return {name[len(part) + 1 :]: array for name, array in arrays.items() if name.startswith(f"{part}/")}
 
 
 def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -327,12 +330,6 @@ def _read(file: Path) -> bytes:
         raise Damaged(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _best(paths: Sequence[Path]) -> Optional[Path]:
-    """The one with the highest score, the first of equals; None if none has any."""
-    scores = {path: score for path in paths if (score := score_of(path)) is not None}
-    return max(scores, key=lambda path: (scores[path], -_step_of(path)), default=None)
-
-
 def score_of(path: Path) -> Any:
     """The score of a checkpoint, None if it has none or is damaged."""
     try:
@@ -341,7 +338,8 @@ def score_of(path: Path) -> Any:
         return None
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The steps that the run of a checkpoint had taken, by the name of its folder."""
     return int(path.name.partition("-")[2])
 
 

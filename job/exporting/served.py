@@ -35,7 +35,8 @@ def metadata(trained: Trained) -> dict[str, str]:
         "step": trained.step,
         "commit": trained.commit,
         "weights_sha256": weights_sha256(trained.weights),
-        "network": trained.model.model_dump(mode="json"),
+        "averaged": trained.averaged,
+        "network": trained.model.model_dump(mode="json", exclude={"weights"}),  # which is where they came from
         "data": asdict(trained.about),
     }
     if trained.accuracy is not None:

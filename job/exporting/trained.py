@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import numpy as np
 
-from job.checkpoints.store import Damaged, Store, decode_arrays, decode_state, network_of, read, score_of
+from job.checkpoints.store import Damaged, Store, decode_arrays, decode_state, part_of, read, score_of, step_of
 from job.config import Config, ModelConfig, load_config
 from job.data.dataset import FASHION_MNIST, Description
 from job.errors import CheckpointError, UsageError
@@ -27,6 +27,7 @@ class Trained:
     step: int  # that the run had taken
     commit: str  # of the code that trained it
     accuracy: Optional[float] = None  # on the test set, as the run measured it at this step
+    averaged: bool = False  # whether these are the moving average of the weights (train.average_decay)
 
 
 def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,42 +45,41 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(folder / CONFIG, overrides)
 
 
-def load(folder: Path, config: Config, checkpoint: str = "last") -> Trained:
+def load(folder: Path, config: Config, checkpoint: str = "last", average: bool = True) -> Trained:
     """Read the weights of a run.
 
     Args:
         folder: of the run.
         config: of the run.
-        checkpoint: ``last``, ``best`` (by test accuracy), or the number of steps that the run had taken.
+        checkpoint: ``last``, ``best`` (of those that were measured), or the number of steps that the run had taken.
+        average: whether to take the moving average of the weights, if the run keeps one.
 
     Raises:
         UsageError: there is no such checkpoint.
         CheckpointError: it is damaged, or of an earlier version.
     """
-    path = Store(folder / CHECKPOINTS, 1).choose(checkpoint)
     try:
-        found = read(path)
+        found = read(Store(folder / CHECKPOINTS, 1).choose(checkpoint))
     except Damaged as error:
         raise CheckpointError(f"{error}; another one of this run may do: --checkpoint STEP") from None
-    weights = network_of(decode_arrays(found.arrays))
-    commit = decode_state(found.state).get("commit") or "unknown"
-    return Trained(config.model, _described(folder, config), weights, found.step, commit, score_of(path))
+    arrays, state = decode_arrays(found.arrays), decode_state(found.state)
+    averaged = part_of(arrays, "average") if average else {}
+    weights = averaged or part_of(arrays, "network")
+    measured = state["parts"]["records"].get("last_test") or {}
+    accuracy = (
+        measured.get("average_accuracy" if averaged else "accuracy") if measured.get("step") == found.step else None
+    )
+    about = _described(folder, config)
+    commit = state.get("commit") or "unknown"
+    return Trained(config.model, about, weights, found.step, commit, accuracy, bool(averaged))
 
 
-class Best(NamedTuple):
-    """The checkpoint with the highest test accuracy."""
-
-    step: int
-    accuracy: float
-
-
-def best(folder: Path) -> Optional[Best]:
-    """Of a run's checkpoints, the best that was measured; None if none was."""
-    try:
-        path = Store(folder / CHECKPOINTS, 1).choose("best")
-    except UsageError:
-        return None
-    return Best(int(path.name.partition("-")[2]), score_of(path))
+def better(folder: Path, checkpoint: str) -> Optional[int]:
+    """The step of the checkpoint that was measured to be better than the one asked for; None if there is none."""
+    store = Store(folder / CHECKPOINTS, 1)
+    chosen, best = store.choose(checkpoint), store.best()
+    scores = [score_of(path) for path in (chosen, best) if path]
+    return step_of(best) if best and None not in scores and scores[1] > scores[0] else None
 
 
 def require_same_data(trained: Trained, found: Description) -> None:

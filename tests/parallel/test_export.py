@@ -86,12 +86,13 @@ class Runs:
 def runs(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     idx = [*synthetic.write(folder / "idx"), "optimizer.learning_rate=0.05", "train.max_steps=3", "data.shards=3"]
+    averaged = [*idx[:-2], "train.max_steps=6", "train.average_decay=0.5", "data.validation_fraction=0.2"]
     pictures = [*synthetic.write_pictures(folder / "pictures", 24, 12), "train.max_steps=1", "train.epochs=1"]
-    alone = {"one": idx, "resnet": [*pictures, "model.name=resnet18_v1"]}
+    alone = {"one": idx, "resnet": [*pictures, "model.name=resnet18_v1"], "averaged": averaged}
     weights = run_ranks(trained_on_ranks, 1, folder=str(folder), tasks=alone)[0]
     weights.update(run_ranks(trained_on_ranks, 3, folder=str(folder), tasks={"three": idx})[0])
     images = {}
-    for name, overrides in alone.items():
+    for name, overrides in list(alone.items())[:2]:
         test = formats.load(load_config(overrides=overrides).data).test
         pixels = np.asarray(test.images[:])
         images[name] = pixels if pixels.ndim == 3 else pixels.transpose(0, 2, 3, 1)
@@ -210,10 +211,26 @@ def test_the_command_says_what_it_has_checked_and_where_the_model_is(runs: Runs)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     accuracy = json.loads((runs.folder / "one" / "summary.json").read_text())["test_accuracy"]
     lines = done.stdout.splitlines()
-    assert lines[0] == "checkpoint after step 3 of one"
+    assert lines[0] == "the weights after step 3 of one"
     assert lines[1].startswith("the same probabilities as the run's network for 200 test images, ")
     assert lines[2] == f"test accuracy {accuracy:.4f} on 200 images, as the run measured"
     assert lines[3] == "done: here.onnx: uint8 (N, 28, 28) to 10 probabilities"
+
+
+def test_a_run_that_keeps_an_average_of_its_weights_exports_that_and_the_weights_if_asked(runs: Runs) -> None:
+    folder = runs.folder / "averaged"
+    summary = json.loads((folder / "summary.json").read_text())
+    for arguments, prefix, words in (
+        ([], "average_", "the average of the weights"),
+        (["--no-average"], "", "the weights"),
+    ):
+        said = exported(str(folder), "--output", str(folder / "x.safetensors"), *arguments)
+        assert said.startswith(f"{words} after step 6 of ")
+        assert f"test accuracy {summary[f'{prefix}test_accuracy']:.4f} on 200 images, as the run measured" in said
+        with safe_open(str(folder / "x.safetensors"), "numpy") as stored:
+            facts = stored.metadata()
+        assert facts["weights_sha256"] == summary["average_sha256" if prefix else "weights_sha256"]
+        assert json.loads(facts["averaged"]) == bool(prefix)
 
 
 def test_a_model_that_differs_from_the_run_is_not_written(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +262,7 @@ def test_another_accuracy_than_the_run_measured_is_told(runs: Runs, said: Any) -
     ("arguments", "code", "words"),
     [
         (["nowhere"], 2, "nowhere: no such folder"),
-        (["."], 2, "so it is not the folder of a run; did you mean one resnet three?"),
+        (["."], 2, "so it is not the folder of a run; did you mean averaged one resnet three?"),
         (["one", "--checkpoint", "2"], 2, "no checkpoint after step 2; there are 0, 3, and last and best"),
         (["one", "--output", "nowhere/x"], 2, "nowhere: no such folder"),
         (["one", "data.dir=nowhere"], 1, "data.dir=nowhere"),
