@@ -11,6 +11,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
+from job.errors import UsageError
+
 
 class Span(NamedTuple):
     """The half-open range ``start <= i < stop``."""
@@ -52,6 +54,9 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     Of each class that part of its samples is held out, rounded down, so that at least one is left. Which ones, follows
     from the seed and the labels (n + m,), and not from the seed of the run: runs with other seeds choose by the same
     samples.
+
+    Raises:
+        UsageError: no class has enough samples for that.
     """
     order = np.argsort(
         np.random.Philox(key=np.array([seed, 2**64 - 1], np.uint64)).random_raw(len(labels)), kind="stable"
@@ -60,6 +65,8 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     for label in np.unique(labels) if fraction else ():
         of_class = order[labels[order] == label]
         held[of_class[: int(fraction * len(of_class))]] = True
+    if fraction and not held.any():
+        raise UsageError(f"data.validation_fraction={fraction:g}: is not one sample of any class; give a larger one")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 

@@ -1,4 +1,4 @@
-"""Networks that are not of this project: those of MXNet's model zoo, by name, and the user's own, from a file."""
+"""Networks with options: ``compact``, those of MXNet's model zoo, by name, and the user's own, from a file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mxnet.gluon.model_zoo import vision
 
 from job.config import ModelConfig
 from job.errors import UsageError
+from job.networks.compact import compact
 
 SMALL = 64  # pixels of the shorter side: below it the zoo's ResNets get their stem for small images
 _HELPERS = {"get_model", "get_mobilenet", "get_mobilenet_v2", "get_resnet", "get_vgg"}
@@ -59,6 +60,8 @@ def names() -> list[str]:
 
 
 def _of_zoo(name: str) -> Callable[..., Any]:
+    if name == "compact":
+        return compact
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"the zoo has {', '.join(names())}"

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.sampler import Sampler, Span, hold_out, own_shards, permutation
+from job.errors import UsageError
 
 RANKS = st.integers(1, 17)
 MICROS = st.integers(1, 5)
@@ -249,3 +250,8 @@ def test_an_epoch_has_each_sample_that_is_kept_once_and_no_other(shards: int) ->
     np.testing.assert_array_equal(np.sort(seen), kept)
     np.testing.assert_array_equal(seen, kept[permutation(len(kept), 5, 3)])
     assert {shard.epoch for of_step in cut for shard in of_step} == {3}
+
+
+def test_a_part_that_is_not_one_sample_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"data\.validation_fraction=0\.001: is not one sample of any class"):
+        hold_out(LABELS, 0.001, 0)

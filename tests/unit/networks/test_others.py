@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from mxnet.gluon.model_zoo import vision
 
 from job import cli
 from job.config import ModelConfig, load_config
+from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.errors import UsageError
 from job.networks import models, others
+from job.networks.batch_norm_operator import Group
 from job.networks.check import check
+from job.networks.fused import RELU, RELU_MAX_POOL
+from job.networks.shards import write_sharded
 
 FILE = """
 import mxnet as mx
@@ -142,3 +147,19 @@ def test_names_and_weights_do_not_depend_on_what_was_built_before() -> None:
 def test_weights_are_drawn_as_he_et_al_do() -> None:
     weight = initialized(ModelConfig(name="resnet18_v1")).features[1][1].body[0].weight.data().asnumpy()
     assert weight.std() == pytest.approx(np.sqrt(2 / (64 * 9)), rel=0.05)
+
+
+def test_the_compact_network_is_made_of_operators_that_are_fused() -> None:
+    net = others.build(ModelConfig(name="compact", options={"widths": [4, 6], "hidden": 8}), 7, (1, 28, 28))
+    models.initialize(net, mx.cpu())
+    shapes = {place: parameter.shape for place, parameter in net._collect_params_with_prefix().items()}
+    assert shapes["0.weight"] == (4, 1, 5, 5) and shapes["4.weight"] == (6, 4, 3, 3)
+    assert shapes["10.weight"] == (8, 6 * 7 * 7) and shapes["13.weight"] == (7, 8)
+    assert net(mx.nd.zeros((3, 1, 28, 28))).shape == (3, 7)
+    graph = json.loads(write_sharded(net(mx.sym.var("data")), 2, Group(Comm(), range(2), 2), fuse=True).symbol.tojson())
+    custom = [node["attrs"]["tail"] for node in graph["nodes"] if node["op"] == "Custom"]
+    assert custom == [RELU_MAX_POOL, RELU_MAX_POOL, RELU]
+
+
+def test_the_best_recipe_is_a_configuration_that_can_start() -> None:
+    cli._check_network(load_config(Path(cli.__file__).parents[1] / "configs" / "best.yaml"))
