@@ -86,6 +86,13 @@ def test_a_ground_that_is_neither_dark_nor_light_is_not_guessed(
         assert (prepare(file, FASHION_MNIST, invert).pixels == expected).all()
 
 
+def test_a_ground_that_is_dark_above_and_light_below_is_not_guessed(tmp_path: Path) -> None:
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[14:] = 255
+    with pytest.raises(DataError, match=r"grey values of 0, 0, 255, 255"):
+        prepare(saved(Image.fromarray(pixels), tmp_path), FASHION_MNIST)
+
+
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (6, 8)), ("L", (30, 20)), ("RGBA", (6, 8)), ("P", (9, 9))])
 def test_for_other_data_a_picture_is_read_as_training_reads_it(
     tmp_path: Path, mode: str, size: tuple[int, int]
