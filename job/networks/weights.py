@@ -74,7 +74,7 @@ def match(file: Path, shapes: Mapping[str, Shape], places: Mapping[str, str]) ->
         if place not in fresh and not np.isfinite(arrays[place]).all():
             raise UsageError(f"model.weights={file}: {place} holds what is not a finite number")
     taken = {place: arrays[place] for place in shapes if place not in fresh}
-    return Start(taken, fresh, [name for name in arrays if name not in taken])
+    return Start(taken, fresh, [name for name in arrays if name not in shapes])
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
