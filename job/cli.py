@@ -66,8 +66,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
         run_dir.check(config)
         resume.check(config, placement().size)
     warnings = preflight.check(config) if placement().local_rank == 0 else []
-    if placement().rank == 0:
-        _check_network(config)
+    _check_data(config)
     if options.check:  # silent about warnings: the run that is to follow tells them
         print(config.to_yaml(), end="")
         sys.exit(0)
@@ -76,25 +75,37 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     return config
 
 
-def _check_network(config: Config) -> None:
-    """Of the project's own network for the project's own data there is nothing to find out."""
+def _check_data(config: Config) -> None:
+    """Look at the data, and on rank 0 at the network for it. Of the project's own there is nothing to find out.
+
+    Every rank looks at pictures: what takes long to find out is found out once on each node, and the others wait.
+    """
     model = config.model.model_copy(update={"weights": None}) if resume.goes_on(config) else config.model
-    known = model.is_tutorial and config.data.format == "idx"
-    if known and not model.weights and not config.data.augment.changes:
+    data, rank = config.data, placement().rank
+    fashion_mnist = not data.is_pictures and "any" not in data.sha256.model_dump().values()
+    known = fashion_mnist and model.is_tutorial and not model.weights and not data.augment.changes
+    if known or (rank and not data.is_pictures):
         return
     from job.data import formats  # only now, for they import numpy and MXNet
     from job.data.dataset import FASHION_MNIST
-    from job.networks.check import check
-    from job.training.augmentation import require_fit
 
-    about = FASHION_MNIST
-    if config.data.format != "idx":
-        try:
-            about = formats.load(config.data).about
-        except DataError as error:  # which nobody has to start ranks for
-            raise UsageError(str(error)) from None
-    require_fit(config.data.augment, about)
-    check(model, len(about.classes), about.shape)
+    try:
+        about = FASHION_MNIST if fashion_mnist else formats.load(data, _tell).about
+    except DataError as error:  # which nobody has to start ranks for
+        if placement().local_rank:  # the first one of the node tells
+            return
+        raise UsageError(str(error)) from None
+    if rank == 0:
+        from job.networks.check import check
+        from job.training.augmentation import require_fit
+
+        require_fit(data.augment, about)
+        check(model, len(about.classes), about.shape)
+
+
+def _tell(line: str) -> None:
+    """On standard error: ``--check`` prints a configuration."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def require_samples(config: Config, ranks: int, smallest_batch: int) -> None:

@@ -211,15 +211,52 @@ class AugmentConfig(Section):
         return bool(self.horizontal_flip or self.crop_padding or self.erase_probability or self.colour_jitter)
 
 
+PICTURES = {"folder": "train/CLASS/ and test/CLASS/", "record": "train.rec, train.idx, test.rec and test.idx"}
+
+
+def _format_of(folder: Any) -> str:
+    """The format of what a folder holds; ``idx`` where that cannot be seen, whose errors then say what is missing."""
+    try:
+        held = os.listdir(_path(_as_typed(folder))) if folder is not None else []
+    except (ValueError, OSError):
+        return "idx"
+    signs = {
+        "idx": any(re.match(r"(train|t10k)-(images|labels)-idx", name) for name in held),
+        "folder": "train" in held,
+        "record": "train.rec" in held,
+    }
+    found = [name for name, there in signs.items() if there]
+    if len(found) > 1:
+        raise ValueError(
+            f"dir={folder} holds data of several formats; say which with format={' or format='.join(found)}"
+        )
+    if held and not found:
+        raise ValueError(
+            f"dir={folder} holds no data: no train/ with pictures, no train.rec, no train-images-idx3-ubyte"
+        )
+    return found[0] if found else "idx"
+
+
 class DataConfig(Section):
-    format: Literal["idx", "folder"] = Field(
-        "idx", description="IDX files like Fashion-MNIST's, or pictures in train/CLASS/"
+    format: Literal["auto", "idx", "folder", "record"] = Field(
+        "auto", description="IDX, train/CLASS/ with pictures, or train.rec"
     )
     image_size: Optional[int] = Field(
-        None, ge=1, le=4096, description="folder: side of the square that all become; null: all are alike"
+        None, ge=1, le=4096, description="side of the square that pictures become; null: all are alike"
     )
-    dir: Optional[Path] = Field(
-        None, description="folder with the four IDX files, .gz or not, or pictures; null: fetch"
+    dir: Optional[Path] = Field(None, description="folder that holds the data; null: fetch Fashion-MNIST")
+    mean: List[float] = Field(  # noqa: UP006
+        [0.0], min_length=1, description="subtracted from pixels in [0, 1], for all channels or for each"
+    )
+    std: List[float] = Field(  # noqa: UP006
+        [1.0], min_length=1, description="by which they are divided then"
+    )
+    compute_mean_std: bool = Field(False, description="take both from the training images instead; looked at once")
+    on_damaged: Literal["stop", "skip"] = Field(
+        "stop", description="at a damaged picture: end, or leave all such out from the start"
+    )
+    decode_threads: Optional[int] = Field(
+        None, ge=1, le=1024, description="that decode pictures on each rank; null: its cores"
     )
     cache_dir: Path = Field(
         default_factory=lambda: _cache_home() / "horovod-gluon-job" / "fashion-mnist",
@@ -250,6 +287,14 @@ class DataConfig(Section):
     sha256: Sha256Config = Field(default_factory=Sha256Config)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
+    @field_validator("mean", "std")
+    @classmethod
+    def _of_pixels_in_0_to_1(cls, value: list[float], info: Any) -> list[float]:
+        lowest = 0.0 if info.field_name == "mean" else 1e-6
+        if not all(lowest <= number <= 1 for number in value):
+            raise ValueError(f"input should be from {lowest:g} to 1, as pixels are brought to [0, 1] before")
+        return [float(number) for number in value]
+
     @field_validator("mirrors")
     @classmethod
     def _urls(cls, value: list[str]) -> list[str]:
@@ -269,24 +314,38 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _pictures_have_no_known_digest(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("format") == "folder" and not values.get("sha256"):
-            return {**values, "sha256": dict.fromkeys(Sha256Config.model_fields, "any")}
+    def _settled(cls, values: Any) -> Any:
+        """What ``auto`` takes, so that it is known from here on; pictures have no digest that is known before."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("format", "auto") == "auto":
+            values = {**values, "format": _format_of(values.get("dir"))}
+        if values.get("sha256") == "any" or (values["format"] in PICTURES and not values.get("sha256")):
+            values = {**values, "sha256": dict.fromkeys(Sha256Config.model_fields, "any")}
         return values
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        if self.format == "folder" and self.dir is None:
-            raise ValueError("format=folder needs data.dir, the folder that holds train/ and test/")
-        if self.format == "folder" and {*self.sha256.model_dump().values()} != {"any"}:
-            raise ValueError("format=folder has no checksums; leave data.sha256 out")
-        if self.format != "folder" and self.image_size is not None:
-            raise ValueError("image_size is for format=folder")
+        if self.is_pictures and self.dir is None:
+            raise ValueError(f"format={self.format} needs data.dir, the folder that holds {PICTURES[self.format]}")
+        if self.is_pictures and {*self.sha256.model_dump().values()} != {"any"}:
+            raise ValueError(f"format={self.format} has no checksums; leave data.sha256 out")
+        if not self.is_pictures and self.image_size is not None:
+            raise ValueError("image_size is for format=folder or record; IDX images are taken as they are")
+        if not self.is_pictures and self.on_damaged == "skip":
+            raise ValueError("on_damaged=skip is for format=folder or record; of IDX files the checksum is checked")
+        if self.compute_mean_std and (self.mean != [0.0] or self.std != [1.0]):
+            raise ValueError("compute_mean_std=true contradicts mean and std; keep one of them")
         if self.global_batch is None and self.batch_per_rank is None:
             raise ValueError("global_batch and batch_per_rank are both null; give one of them")
         if self.dir is None and "any" in self.sha256.model_dump().values():
             raise ValueError("sha256.* = any accepts unknown data, so data.dir must say where that data is")
         return self
+
+    @property
+    def is_pictures(self) -> bool:
+        """Whether the images are files or records to be decoded."""
+        return self.format in PICTURES
 
     def global_batch_of(self, ranks: int) -> int:
         """The samples in one step over ``ranks`` ranks, whichever of the two batch keys was given."""

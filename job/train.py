@@ -37,6 +37,7 @@ from job.checkpoints.state import RunState
 from job.config import Config
 from job.data import formats
 from job.data.dataset import Dataset, Description
+from job.data.pictures import decoded_ahead
 from job.data.sampler import Sampler, hold_out, own_shards
 from job.distributed.comm import Comm, connect, peer_errors
 from job.distributed.device import choose_device, seed_everything
@@ -59,6 +60,7 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
         conditions = comm.gather_text(preflight.conditions(), "data")  # by which all have it
     if comm.rank == 0:
         preflight.tell(preflight.compare(conditions))
+        print(formats.summary(config.data, dataset), end="", flush=True)
         run_dir.write_whole(config.run.dir / run_dir.DATASET, dataset.about.to_json())
     kept, held = hold_out(dataset.train.labels, config.data.validation_fraction, config.data.validation_seed)
     sampler = Sampler(len(kept), config.data.global_batch_of(comm.size), config.run.seed, kept)
@@ -91,14 +93,14 @@ def train(config: Config, comm: Comm) -> HybridBlock:
 
     with ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
-        checkpoints = stack.enter_context(open_checkpoints(config, comm, formats.digests(config.data, dataset)))
+        checkpoints = stack.enter_context(open_checkpoints(config, comm, dataset.digests))
         checkpoints.resume(state)
         subject = Subject(config, learner, dataset)
         recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))
         profiler = stack.enter_context(Profiler(config, comm, learner))
-        for step in range(learner.steps, total_steps):
+        batches = sampler.batches(range(learner.steps, total_steps), own, shards, micros)
+        for step, batch in decoded_ahead(dataset.train.images, batches):
             epoch, index = divmod(step, sampler.steps_per_epoch)
-            batch = [sampler.shards(epoch, index, own, shards, micro, micros) for micro in range(micros)]
             stop = bool(preemption.signal) or checkpoints.failing
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch
             logs = epoch_ends or (step + 1) % config.train.log_every_steps == 0

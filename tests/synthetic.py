@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -40,4 +41,38 @@ def write_pictures(folder: Path, train: int = 120, test: int = 30) -> list[str]:
             path = folder / part / ("blue", "green", "red")[label] / f"{number:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
-    return ["data.format=folder", f"data.dir={folder}", "data.global_batch=24"]
+    return [f"data.dir={folder}", "data.global_batch=24"]
+
+
+def _in_order_of_folders(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = coloured(count, seed)
+    order = np.argsort(labels, kind="stable")  # by class, then by name
+    return pixels[order], labels[order]
+
+
+def write_records(folder: Path, train: int = 120, test: int = 30) -> list[str]:
+    """The pictures of :func:`write_pictures` as ``im2rec --encoding .png`` would write them."""
+    from mxnet import recordio
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for count, part, seed in ((train, "train", 1), (test, "test", 2)):
+        record = recordio.MXIndexedRecordIO(str(folder / f"{part}.idx"), str(folder / f"{part}.rec"), "w")
+        for number, (pixels, label) in enumerate(zip(*_in_order_of_folders(count, seed))):
+            file = io.BytesIO()
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "PNG")
+            record.write_idx(number, recordio.pack(recordio.IRHeader(0, float(label), number, 0), file.getvalue()))
+        record.close()
+    (folder / "classes.txt").write_text("blue\ngreen\nred\n")
+    return [f"data.dir={folder}", "data.global_batch=24"]
+
+
+def write_coloured_idx(folder: Path, train: int = 120, test: int = 30) -> list[str]:
+    """The pictures of :func:`write_pictures` as IDX files with four axes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for count, part, seed in ((train, "train", 1), (test, "t10k", 2)):
+        pixels, labels = _in_order_of_folders(count, seed)
+        images = struct.pack(">5I", 0x804, *pixels.shape) + pixels.tobytes()
+        (folder / f"{part}-images-idx4-ubyte").write_bytes(images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, count) + bytes(labels.tolist()))
+    (folder / "classes.txt").write_text("blue\ngreen\nred\n")
+    return [f"data.dir={folder}", "data.sha256=any", "data.global_batch=24"]

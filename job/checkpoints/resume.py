@@ -24,9 +24,9 @@ _FREE = {
     "run.dir", "run.overwrite", "run.device", "run.deterministic", "run.resume", "run.resume_ignoring",
     "run.on_nonfinite", "run.step_timeout_seconds", "run.profile_steps", "train.epochs", "train.max_steps",
     "train.log_every_steps",
-    "data.dir", "data.cache_dir", "data.mirrors", "data.batch_per_rank", "data.test_batch_per_rank",
-    "data.download_timeout_seconds", "data.download_attempts", "data.lock_timeout_seconds", "checkpoint.every_steps",
-    "checkpoint.keep",
+    "data.dir", "data.format", "data.on_damaged", "data.decode_threads", "data.cache_dir", "data.mirrors",
+    "data.batch_per_rank", "data.test_batch_per_rank", "data.download_timeout_seconds", "data.download_attempts",
+    "data.lock_timeout_seconds", "checkpoint.every_steps", "checkpoint.keep",
 }  # fmt: skip
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What a run did before these keys were there, where that is not their default.

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
+
+from job.errors import DataError
+
+CLASSES = "classes.txt"  # names the classes of IDX files and records, one a line, in the order of the labels
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Description:
     mean: tuple[float, ...] = (0.0,)  # of each channel, or of all channels
     std: tuple[float, ...] = (1.0,)
     ground: Optional[str] = None  # "dark" where each picture shows a light thing on a dark ground; None: unknown
+    left_out: tuple[str, ...] = ()  # the damaged pictures that data.on_damaged=skip has found
 
     @property
     def scales_only(self) -> bool:
@@ -36,7 +42,7 @@ class Description:
     def from_mapping(values: Mapping[str, Any]) -> Description:
         """What ``dataset.json`` in a run's folder holds."""
         classes, shape, mean, std = (tuple(values[name]) for name in ("classes", "shape", "mean", "std"))
-        return Description(classes, shape, mean, std, values.get("ground"))
+        return Description(classes, shape, mean, std, values.get("ground"), tuple(values.get("left_out", ())))
 
 
 class Split(NamedTuple):
@@ -71,6 +77,7 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     about: Description
+    digests: Mapping[str, str]  # what the data is, by the keys of data.sha256
     validation: Optional[Split] = None  # samples of train that nobody trains on
 
     def holding_out(self, samples: np.ndarray) -> Dataset:
@@ -82,6 +89,42 @@ class Dataset(NamedTuple):
         """What an evaluation looks at, by name. If there is a validation set, the test set only at the ``last`` one."""
         validation = [("validation", self.validation)] if self.validation else []
         return [*validation, *([("test", self.test)] if last or not validation else [])]
+
+
+def named(folder: Path | None, train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
+    """Names for the classes of the labels (n,): the lines of ``classes.txt`` in ``folder``, or else their numbers.
+
+    Raises:
+        DataError: a label has no name, or the names are not usable, or the test set has a class of its own.
+    """
+    lowest, highest = min(train.min(), test.min()), int(train.max())
+    if lowest < 0:
+        raise DataError(f"{folder}: a label is {lowest}, and labels are counted from 0")
+    file = folder / CLASSES if folder else None
+    names = _lines(file) if file and file.exists() else [str(number) for number in range(highest + 1)]
+    if len(names) <= max(highest, 1):
+        raise DataError(
+            f"{file}: names {len(names)} classes, and the labels go to {highest}"
+            if file and file.exists()
+            else f"{folder or 'training set'}: all labels are 0, and there is nothing to tell apart"
+        )
+    if test.max() >= len(names):
+        raise DataError(
+            f"{folder}: the test set has label {test.max()}, and the highest of the training set is {highest}; name all"
+            f" classes in {CLASSES}, one a line, if that is right"
+        )
+    return tuple(names)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+    for number, name in enumerate(names, 1):
+        if not name.strip() or not name.isprintable() or name in names[: number - 1]:
+            raise DataError(f"{file}: line {number}: {name!r} is no name, or another class has it too")
+    return names
 
 
 FASHION_MNIST = Description(

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, or other data of its shape: found, verified, and mapped into memory.
+"""IDX files, Fashion-MNIST's or others: found, verified, and mapped into memory.
 
 The cache holds the decompressed IDX files under names that contain their SHA-256, so that they are checked on every
 start, and mapped where they lie: the ranks of a node share one copy in the page cache.
@@ -11,68 +11,95 @@ import gzip
 import hashlib
 import math
 import os
-import shutil
+import re
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from job import storage
-from job.data import download
-from job.data.dataset import FASHION_MNIST, Dataset, Split
+from job.data import cache, download
+from job.data.dataset import FASHION_MNIST, Dataset, Description, Split, named
 from job.data.download import AptPackage, FileUnavailable, Folder, Mirror, Say, Source, SourceUnavailable
 from job.errors import DataError
 
 if TYPE_CHECKING:
     from job.config import DataConfig
 
-MAX_ITEMS = 1_000_000  # a header that promises more is damaged, or a bomb
-POLL_SECONDS = 0.05
-SCRATCH = ".horovod-gluon-job-"  # begins the name of a folder to work in, which nothing else may bear
+MAX_ITEMS = 100_000_000  # a header that promises more is damaged, or a bomb
+MAX_ITEM_BYTES = 1 << 26
+TYPES: dict[int, np.dtype[Any]] = {
+    8: np.dtype("u1"),
+    11: np.dtype(">i2"),
+    12: np.dtype(">i4"),
+}  # by the third byte of a file
 
-Mapped = np.memmap[Any, np.dtype[np.uint8]]
+Mapped = np.memmap[Any, np.dtype[Any]]
+
+
+class Header(NamedTuple):
+    """What the first bytes of a file say: type of the numbers, how many items there are, and the shape of each."""
+
+    dtype: np.dtype[Any]
+    items: int
+    item_shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its own length in bytes; the rest is what is mapped."""
+        return 8 + 4 * len(self.item_shape)
+
+    @property
+    def body_bytes(self) -> int:
+        """How much must follow it."""
+        return self.items * math.prod(self.item_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class IdxFile:
-    """A file of magic number, count and item shape in big-endian 32-bit words, then the items' bytes."""
+    """A file of magic number, count and item shape in big-endian 32-bit words, then the items."""
 
     key: str  # in data.sha256
     name: str
-    item_shape: tuple[int, ...]
-    max_value: int
 
     @property
-    def header_bytes(self) -> int:
-        """Length of the header; the rest is what is mapped."""
-        return 8 + 4 * len(self.item_shape)
+    def magics(self) -> tuple[int, ...]:
+        """The magic numbers that it may begin with: images are bytes, labels are bytes or wider whole numbers."""
+        return (0x803, 0x804) if "images" in self.key else (0x801, 0xB01, 0xC01)
 
-    def body_bytes(self, header: bytes, path: Path) -> int:
-        """How much must follow ``header``; DataError if it is not the header of this file."""
-        if len(header) < self.header_bytes:
-            raise DataError(f"{path}: truncated: {len(header)} bytes, its header alone has {self.header_bytes}")
-        magic, count, *shape = struct.unpack(f">{self.header_bytes // 4}I", header)
-        expected_magic = 0x801 + len(self.item_shape)
-        if magic != expected_magic:
-            raise DataError(f"{path}: wrong magic number {magic}, expected {expected_magic}: not {self.name}")
-        if tuple(shape) != self.item_shape:
-            raise DataError(f"{path}: items of shape {tuple(shape)}, expected {self.item_shape}")
+    def header(self, stream: IO[bytes], path: Path) -> tuple[Header, bytes]:
+        """Read the header, and its bytes; DataError if it is not that of such a file."""
+        start = stream.read(4)
+        magic = int.from_bytes(start, "big")
+        if len(start) == 4 and magic not in self.magics:
+            raise DataError(f"{path}: wrong magic number {magic}, expected {self.magics[0]}: not {self.name}")
+        words = 1 if len(start) < 4 else magic & 0xFF
+        rest = stream.read(4 * words)
+        if len(rest) < 4 * words:
+            length = len(start + rest)
+            raise DataError(f"{path}: truncated: {length} bytes, its header alone has {max(8, 4 + 4 * words)}")
+        count, *shape = struct.unpack(f">{words}I", rest)
         if not 1 <= count <= MAX_ITEMS:
             raise DataError(f"{path}: its header counts {count} items, expected 1 to {MAX_ITEMS}")
-        return int(count) * math.prod(self.item_shape)
+        if not 1 <= math.prod(shape) <= MAX_ITEM_BYTES:
+            raise DataError(f"{path}: items of shape {tuple(shape)}, expected 1 to {MAX_ITEM_BYTES} bytes")
+        if len(shape) == 3 and shape[0] > 4 >= shape[2]:
+            raise DataError(
+                f"{path}: items of shape {tuple(shape)} have their channels last, and IDX images are read as (count,"
+                " channels, height, width); write images.transpose(0, 3, 1, 2)"
+            )
+        return Header(TYPES[magic >> 8], count, tuple(shape)), start + rest
 
 
 FILES = (
-    IdxFile("train_images", "train-images-idx3-ubyte", (28, 28), 255),
-    IdxFile("train_labels", "train-labels-idx1-ubyte", (), 9),
-    IdxFile("test_images", "t10k-images-idx3-ubyte", (28, 28), 255),
-    IdxFile("test_labels", "t10k-labels-idx1-ubyte", (), 9),
+    IdxFile("train_images", "train-images-idx3-ubyte"),
+    IdxFile("train_labels", "train-labels-idx1-ubyte"),
+    IdxFile("test_images", "t10k-images-idx3-ubyte"),
+    IdxFile("test_labels", "t10k-labels-idx1-ubyte"),
 )
 
 
@@ -89,13 +116,15 @@ def load(config: DataConfig, say: Say = print) -> Dataset:
     """
     digests = _expected_digests(config)
     paths = _ready(config, digests)
-    if len(paths) < len(FILES):
-        with _locked_cache(config, say) as scratch:
+    if len(paths) < len(digests):
+        with cache.locked(config, say) as scratch:
             paths = _ready(config, digests, say)  # another process may have fetched meanwhile
             missing = {file: digest for file, digest in digests.items() if file not in paths}
             paths.update(_fetch(config, missing, scratch, say))
-    train_images, train_labels, test_images, test_labels = (_mapped(paths[file], file) for file in FILES)
-    return Dataset(_paired(train_images, train_labels), _paired(test_images, test_labels), FASHION_MNIST)
+    train_images, train_labels, test_images, test_labels = (_mapped(paths[file], file) for file in digests)
+    train, test = _paired(train_images, train_labels), _paired(test_images, test_labels)
+    found = {file.key: digest for file, digest in digests.items()}
+    return Dataset(train, test, _described(config, train, test, found), found)
 
 
 def locate(config: DataConfig) -> dict[IdxFile, Path]:
@@ -116,20 +145,18 @@ def locate(config: DataConfig) -> dict[IdxFile, Path]:
     return paths
 
 
-def digests(config: DataConfig, dataset: Dataset) -> dict[str, str]:
-    """What the data is: the SHA-256 of each file, by its key in ``data.sha256``; worked out for ``any``."""
-    arrays = zip(FILES, (*dataset.train, *dataset.test))  # mapped by load()
-    wanted = {file.key: getattr(config.sha256, file.key) for file in FILES}
-    known = {file.key: _sha256_of(array) for file, array in arrays if wanted[file.key] == "any"}
-    return {**wanted, **known}
-
-
-def _sha256_of(array: Mapped) -> str:
-    with open(str(array.filename), "rb") as stream:
-        state = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
+def _described(config: DataConfig, train: Split, test: Split, found: dict[str, str]) -> Description:
+    """The classes are as many as ``classes.txt`` names, or as the highest label of the training set says."""
+    if train.images.shape[1:] != test.images.shape[1:]:
+        names = [os.path.basename(str(split.images.filename)) for split in (train, test)]
+        raise DataError(
+            f"{config.dir}: {names[0]} has items of shape {train.images.shape[1:]}, and {names[1]} of"
+            f" {test.images.shape[1:]}"
+        )
+    shape = (1, *train.images.shape[1:])[-3:]
+    if all(found[key] == type(config.sha256)().model_dump()[key] for key in ("train_labels", "test_labels")):
+        return replace(FASHION_MNIST, shape=shape)
+    return Description(named(config.dir, train.labels, test.labels), shape)
 
 
 def _paired(images: Mapped, labels: Mapped) -> Split:
@@ -139,8 +166,10 @@ def _paired(images: Mapped, labels: Mapped) -> Split:
 
 
 def _mapped(path: Path, file: IdxFile) -> Mapped:
-    count = (path.stat().st_size - file.header_bytes) // math.prod(file.item_shape)
-    return np.memmap(path, dtype=np.uint8, mode="r", offset=file.header_bytes, shape=(count, *file.item_shape))
+    with path.open("rb") as stream:
+        header, _ = file.header(stream, path)
+    shape = (header.items, *header.item_shape)
+    return np.memmap(path, dtype=header.dtype, mode="r", offset=header.size, shape=shape)
 
 
 def _expected_digests(config: DataConfig) -> dict[IdxFile, str]:
@@ -149,7 +178,25 @@ def _expected_digests(config: DataConfig) -> dict[IdxFile, str]:
             os.stat(f"{config.dir}/.")
         except OSError as error:
             raise DataError(f"data.dir={config.dir}: not a folder that can be used: {error.strerror}") from error
-    return {file: _expected_sha256(config, file) for file in FILES}
+    return {file: _expected_sha256(config, file) for file in _files(config)}
+
+
+def _files(config: DataConfig) -> tuple[IdxFile, ...]:
+    """The four files, by the names that they have in data.dir: four axes or wider labels are told in a name.
+
+    ``train-images-idx4-ubyte`` has four axes, and ``train-labels-idx1-int`` labels above 255.
+    """
+    files, held = [], []
+    with contextlib.suppress(OSError):  # a folder that can be entered and not listed may hold the usual names
+        held = os.listdir(config.dir) if config.dir else []
+    for file in FILES:
+        stem = file.name.rpartition("-idx")[0]
+        form = re.compile(rf"({re.escape(stem)}-idx\d-(?:ubyte|short|int))(?:\.gz)?")
+        names = sorted({found[1] for name in held if (found := form.fullmatch(name))})
+        if len(names) > 1:
+            raise DataError(f"{config.dir}: holds both {names[0]} and {names[1]}; keep one of them")
+        files.append(IdxFile(file.key, names[0] if names else file.name))
+    return tuple(files)
 
 
 def _expected_sha256(config: DataConfig, file: IdxFile) -> str:
@@ -198,7 +245,7 @@ def _verify(path: Path, file: IdxFile, wanted: str, copy_to: IO[bytes] | None = 
     if wanted not in (digest, "any"):
         raise DataError(
             f"{path}: wrong checksum: SHA-256 of the decompressed bytes is {digest}, expected {wanted}; if this is"
-            f" other data on purpose, set data.dir, and data.sha256.{file.key} to its digest or to any"
+            f" other data on purpose, set data.dir, and data.sha256=any, or data.sha256.{file.key} to its digest"
         )
     return digest
 
@@ -207,12 +254,10 @@ def _decoded(path: Path, file: IdxFile) -> Iterator[bytes]:
     """The decompressed bytes, no more than the header promises; DataError at the first fault."""
     try:
         with _open(path) as stream:
-            header = stream.read(file.header_bytes)
-            body = left = file.body_bytes(header, path)
-            yield header
+            header, start = file.header(stream, path)
+            body = left = header.body_bytes
+            yield start
             while left and (chunk := stream.read(min(left, 1 << 20))):
-                if file.max_value < 255 and max(chunk) > file.max_value:
-                    raise DataError(f"{path}: label {max(chunk)} is out of range, expected 0 to {file.max_value}")
                 left -= len(chunk)
                 yield chunk
             if left or stream.read(1):
@@ -289,52 +334,3 @@ def _how_to_help(missing: list[str], failures: list[str]) -> str:
             " https://github.com/zalandoresearch/fashion-mnist#get-the-data",
         ]
     )
-
-
-@contextlib.contextmanager
-def _locked_cache(config: DataConfig, say: Say) -> Iterator[Path]:
-    """Hold the cache alone, with an empty folder to work in. The kernel frees the lock when its holder dies."""
-    scratch = None
-    try:
-        config.cache_dir.mkdir(parents=True, exist_ok=True)
-        with (config.cache_dir / "lock").open("a+", errors="replace") as lock:
-            if _acquire(lock, config.lock_timeout_seconds, say):
-                for left in config.cache_dir.glob(f"{SCRATCH}*"):  # by a holder that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=config.cache_dir))  # alone in it, locks or not
-            yield scratch
-    except OSError as error:
-        raise DataError(
-            f"{config.cache_dir}: cannot store the data set there: {error}; set data.cache_dir to a writable folder, or"
-            " data.dir to one that holds the four files decompressed, which needs no cache"
-        ) from error
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _acquire(lock: IO[str], timeout_seconds: float, say: Say) -> bool:
-    """Wait for the lock; whether it is held, and not just passed by because the file system has no locks."""
-    _refuse_stranger(Path(lock.name))
-    deadline, told = time.monotonic() + timeout_seconds, False
-    while True:
-        try:
-            held = storage.lock(lock)
-            break
-        except storage.InUse as error:
-            holder = str(error)
-        if not told:
-            say(f"data: waiting for {holder}, which is fetching it")
-            told = True
-        if time.monotonic() > deadline:
-            advice = "end it, or raise data.lock_timeout_seconds"
-            raise DataError(f"{lock.name}: {holder} still holds it after {timeout_seconds:g} s; {advice}")
-        time.sleep(POLL_SECONDS)
-    storage.sign(lock)
-    return held
-
-
-def _refuse_stranger(lock: Path) -> None:
-    """The holder signs the lock, and must not write over a file of somebody else's."""
-    if lock.stat().st_size and not storage.is_signed(lock):
-        raise DataError(f"{lock}: is not the lock of this program; set data.cache_dir to a folder of its own")

@@ -7,6 +7,7 @@ a step hold the same samples for any number of ranks, and a run can go on from a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -98,6 +99,14 @@ class Sampler:
         batch, order = self.batch(step), self._permutation(epoch)
         spans = [batch.part(micro, micros).part(index, shards) for index in own]
         return [Shard(order[span.start : span.stop], span.start - batch.start, epoch) for span in spans]
+
+    def batches(
+        self, steps: range, own: range, shards: int, micros: int = 1
+    ) -> Iterator[tuple[int, list[list[Shard]]]]:
+        """The numbers of ``steps`` of a run, each with the shards ``own`` of its micro-batches."""
+        for step in steps:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            yield step, [self.shards(epoch, index, own, shards, micro, micros) for micro in range(micros)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:

@@ -196,17 +196,17 @@ def write_error(folder: Path) -> str:
 def data(config: DataConfig) -> Data:
     """Where Fashion-MNIST is, verified; nothing is fetched."""
     try:
-        from job.data import idx, pictures  # it needs numpy, which may be what is broken
+        from job.data import formats, idx  # it needs numpy, which may be what is broken
     except Exception as error:  # a foreign or half numpy fails in any way
         return Data(error=f"cannot be looked for: {_reason(error).splitlines()[0]}")
     try:
-        if config.format == "folder":
-            within(PROBE_SECONDS, lambda: pictures.load(config))
+        if config.is_pictures:
+            within(PROBE_SECONDS, lambda: formats.load(config, lambda line: None))
             return Data((str(config.dir),))
         paths = within(PROBE_SECONDS, lambda: idx.locate(config))
     except (DataError, OSError) as error:
         return Data(error=_reason(error))
-    missing = tuple(file.name for file in idx.FILES if file not in paths)
+    missing = tuple(file.name for file in idx.FILES if file.key not in {found.key for found in paths})
     cached = {path for path in paths.values() if config.cache_dir in path.parents}
     folders = {str(config.cache_dir if path in cached else path.parent) for path in paths.values()}
     return Data(() if missing else tuple(sorted(folders)), missing)

@@ -115,17 +115,44 @@ def test_networks_of_others_learn_the_same_at_any_number_of_ranks(run_ranks: Any
         assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides) == alone, ranks
 
 
-@pytest.mark.parametrize("network", [f"{__file__}:with_dropout", pytest.param("resnet18_v1", marks=pytest.mark.slow)])
-def test_pictures_in_folders_are_one_run_at_any_number_of_ranks_also_when_cut_off(
-    run_ranks: Any, tmp_path: Path, network: str
+def in_every_format(folder: Path) -> dict[str, list[str]]:
+    """The same pictures as folders, as folders that several threads decode, as records and as IDX; and damaged ones."""
+    damaged = synthetic.write_pictures(folder / "damaged")
+    picture = folder / "damaged" / "train" / "green" / "00004.png"
+    picture.write_bytes(picture.read_bytes()[:-40])
+    return {
+        "folders": synthetic.write_pictures(folder / "folders"),
+        "threads": [f"data.dir={folder / 'folders'}", "data.global_batch=24", "data.decode_threads=3"],
+        "records": synthetic.write_records(folder / "records"),
+        "idx": synthetic.write_coloured_idx(folder / "idx"),
+        "damaged": [*damaged, "data.on_damaged=skip"],
+    }
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("network", "ranks"),
+    [(f"{__file__}:with_dropout", [1, 2]), pytest.param("resnet18_v1", [1, 2, 3], marks=pytest.mark.slow)],
+)
+def test_pictures_are_one_run_in_any_format_at_any_number_of_ranks_also_when_cut_off(
+    run_ranks: Any, tmp_path: Path, network: str, ranks: list[int]
 ) -> None:
-    overrides = [*synthetic.write_pictures(tmp_path / "data"), *SHORT, "train.epochs=1", f"model.name={network}"]
-    overrides.append("checkpoint.every_steps=1")
-    alone = outcome(run_ranks, tmp_path / "1", 1, overrides)
-    for ranks in (2, 3):
-        assert outcome(run_ranks, tmp_path / str(ranks), ranks, overrides) == alone, ranks
-    run_ranks(cut_off, 2, folder=str(tmp_path / "cut"), overrides=overrides, step=3)
-    assert outcome(run_ranks, tmp_path / "cut", 1, overrides, resume="auto") == alone
+    overrides = [*SHORT, "train.epochs=1", f"model.name={network}", "checkpoint.every_steps=1"]
+    overrides += ["data.compute_mean_std=true", f"data.cache_dir={tmp_path / 'cache'}"]
+    settings = in_every_format(tmp_path / "data")
+    found = {}
+    for size in ranks:
+        folder = tmp_path / str(size)
+        hashes = run_ranks(runs, size, folder=str(folder), overrides=overrides, settings=settings)
+        assert all(of_rank == hashes[0] for of_rank in hashes)
+        found[size] = {name: (hashes[0][name], records(folder / name)) for name in settings}
+        assert found[size] == found[1]
+        assert "green/00004.png" in (folder / "damaged" / "dataset.json").read_text()
+    alone = found[1]["folders"]
+    assert all((outcome == alone) == (name != "damaged") for name, outcome in found[1].items())
+    overrides += settings["folders"]
+    run_ranks(cut_off, ranks[-1], folder=str(tmp_path / "cut"), overrides=overrides, step=3)
+    assert outcome(run_ranks, tmp_path / "cut", ranks[-2], overrides, resume="auto") == alone
 
 
 @pytest.mark.fault(6)

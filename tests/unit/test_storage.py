@@ -38,9 +38,9 @@ FETCH = """
 import sys
 from pathlib import Path
 from job.config import DataConfig
-from job.data import idx
+from job.data import cache
 
-with idx._locked_cache(DataConfig(cache_dir=Path(sys.argv[1])), print) as scratch:
+with cache.locked(DataConfig(cache_dir=Path(sys.argv[1])), print) as scratch:
     print("fetching into", scratch)
 """
 

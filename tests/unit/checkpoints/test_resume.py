@@ -21,7 +21,8 @@ FREE = {
     "train.epochs=9": "train.epochs", "train.max_steps=9": "train.max_steps",
     "train.log_every_steps=3": "train.log_every_steps", "data.dir=elsewhere": "data.dir",
     "data.cache_dir=elsewhere": "data.cache_dir", "checkpoint.every_steps=7": "checkpoint.every_steps",
-    "checkpoint.keep=7": "checkpoint.keep", "run.on_nonfinite=skip": "run.on_nonfinite", "run.device=cpu": "run.device",
+    "checkpoint.keep=7": "checkpoint.keep", "data.decode_threads=2": "data.decode_threads",
+    "run.on_nonfinite=skip": "run.on_nonfinite", "run.device=cpu": "run.device",
 }  # fmt: skip
 BOUND = {
     "run.seed=1": "run.seed", "train.accumulate_steps=2": "train.accumulate_steps",
@@ -38,6 +39,8 @@ BOUND = {
     "model.sync_batch_norm_group=2": "model.sync_batch_norm_group", "optimizer.momentum=0.9": "optimizer.momentum",
     "schedule.name=cosine": "schedule.name",
 }  # fmt: skip
+
+PIXELS = {"data.image_size", "data.mean", "data.std", "data.compute_mean_std"}  # what the network sees of the data
 
 
 def of(*overrides: str, ranks: int = 2, **digests: str) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def test_other_data_is_named() -> None:
 
 def test_every_key_is_decided_upon() -> None:
     decided = {*resume._FREE, *BOUND.values()} | {key for key, _ in fields() if key.startswith("data.sha256.")}
-    left = {key for key, _ in fields()} - decided - {"data.format", "data.image_size"}  # what the pictures are
+    left = {key for key, _ in fields()} - decided - PIXELS
     assert {key.partition(".")[0] for key in left} <= {"train", "model", "optimizer", "schedule"}
 
 
@@ -97,7 +100,7 @@ def write(folder: Path, *overrides: str) -> None:
 
 def config(folder: Path, *overrides: str) -> Config:
     digests = [f"data.sha256.{key}=any" for key in DIGESTS]
-    return load_config(overrides=[f"run.dir={folder}", f"data.dir={folder}", *digests, *overrides])
+    return load_config(overrides=[f"run.dir={folder}", f"data.dir={folder}", "data.format=idx", *digests, *overrides])
 
 
 def test_another_run_is_refused_before_anything_starts_though_the_data_is_not_known_yet(tmp_path: Path) -> None:

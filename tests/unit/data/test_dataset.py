@@ -11,7 +11,7 @@ import pytest
 from job.data.dataset import FASHION_MNIST, Dataset, Description, Split
 from job.training.learner import Feed
 
-COLOUR = Description(("cat", "dog"), (3, 5, 4), (0.5, 0.25, 0.125), (0.5, 1.0, 2.0))
+COLOUR = Description(("cat", "dog"), (3, 5, 4), (0.5, 0.25, 0.125), (0.5, 1.0, 2.0), "dark", ("x.png",))
 
 
 @pytest.mark.parametrize("about", [COLOUR, FASHION_MNIST])
@@ -34,7 +34,7 @@ def test_each_channel_is_scaled_with_its_own_mean_and_deviation(about: Descripti
 
 def some_data() -> Dataset:
     images = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
-    return Dataset(Split(images, np.arange(10) % 3), Split(images[:4], np.arange(4)), FASHION_MNIST)
+    return Dataset(Split(images, np.arange(10) % 3), Split(images[:4], np.arange(4)), FASHION_MNIST, {})
 
 
 def test_held_out_samples_are_a_split_of_their_own_for_places_and_slices() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from job.config import DataConfig
-from job.data import download, idx
+from job.data import cache, download, idx
 from job.data.__main__ import main
 from job.data.dataset import Dataset
 from job.errors import DataError, UsageError
@@ -317,10 +317,11 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "half a header": (TRAIN_IMAGES, IMAGES[:10], "truncated: 10 bytes"),
     "one byte short": (TRAIN_IMAGES, IMAGES[:-1], "truncated: 23519 bytes.* promises 23520"),
     "one byte long": (TRAIN_IMAGES, IMAGES + b"!", "more bytes.* promises 23520"),
-    "another shape": (TRAIN_IMAGES, struct.pack(">IIII", 2051, 30, 14, 56) + IMAGES[16:], r"\(14, 56\)"),
+    "bytes without end": (TRAIN_IMAGES, struct.pack(">IIII", 2051, 1, 2**16, 2**16), r"\(65536, 65536\), expected"),
+    "channels last": (TRAIN_IMAGES, struct.pack(">5I", 2052, 2, 28, 14, 3), "channels last.*transpose"),
+    "numbers of another type": (TRAIN_LABELS, struct.pack(">II", 0xD01, 1), "wrong magic number 3329"),
     "no items": (TRAIN_LABELS, struct.pack(">II", 2049, 0), "counts 0 items"),
     "four billion items": (TRAIN_LABELS, struct.pack(">II", 2049, 2**32 - 1), "counts 4294967295 items"),
-    "label 10": (TRAIN_LABELS, LABELS[:-1] + b"\n", "label 10 is out of range, expected 0 to 9"),
 }
 
 
@@ -343,7 +344,7 @@ def test_a_damaged_file_from_elsewhere_is_named_and_not_cached(fault: str, tmp_p
     with pytest.raises(DataError, match=f"{tmp_path}/package/{name}.*{complaint}"):
         idx.load(config(tmp_path, sha256={KEYS[name]: hashlib.sha256(body).hexdigest()}))
     assert cached(tmp_path) == []
-    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
+    assert not list((tmp_path / "cache").glob(f"{cache.SCRATCH}*"))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_a_damaged_gzip_file_is_named_and_not_cached(
     with pytest.raises(DataError, match=f"{path}: "):
         idx.load(config(tmp_path, dir=tmp_path / "mine"))
     assert TRAIN_IMAGES not in cached(tmp_path)
-    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
+    assert not list((tmp_path / "cache").glob(f"{cache.SCRATCH}*"))
 
 
 def test_a_decompression_bomb_is_left_at_the_size_that_its_header_promises(tmp_path: Path) -> None:
@@ -385,6 +386,54 @@ def test_as_many_labels_as_images_or_an_error_that_names_both(tmp_path: Path) ->
     mine = fill(tmp_path / "mine", {**CONTENT, TRAIN_LABELS: label_file(29)}, compressed=False)
     with pytest.raises(DataError, match=f"{TRAIN_IMAGES}: 30 images, but .*{TRAIN_LABELS}: 29 labels"):
         idx.load(config(tmp_path, dir=mine, sha256={"train_labels": "any"}))
+
+
+def idx_file(array: np.ndarray) -> bytes:
+    """As the format's own page describes it: zero, zero, type, axes, then each axis and the numbers, big-endian."""
+    code = {"u1": 8, "i2": 11, "i4": 12}[array.dtype.str[1:]]
+    numbers = array.astype(array.dtype.newbyteorder(">")).tobytes()
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + numbers
+
+
+def own(folder: Path, images: tuple[int, ...], labels: np.ndarray, names: str = "", compressed: bool = False) -> Any:
+    """Files of one's own, whose training and test sets are alike; the pixels, and the configuration that takes them."""
+    pixels = np.random.default_rng(5).integers(0, 256, (len(labels), *images), dtype=np.uint8)
+    kind = {"u1": "ubyte", "i2": "short", "i4": "int"}[labels.dtype.str[1:]]
+    content = {}
+    for part in ("train", "t10k"):
+        content[f"{part}-images-idx{pixels.ndim}-ubyte"] = idx_file(pixels)
+        content[f"{part}-labels-idx1-{kind}"] = idx_file(labels)
+    fill(folder, content, compressed)
+    if names:
+        (folder / "classes.txt").write_text(names)
+    return pixels, DataConfig(dir=folder, sha256="any", cache_dir=folder.with_name("cache"))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("images", [(5, 7), (1, 5, 7), (3, 32, 32)])
+def test_images_of_any_size_and_channels_are_the_bytes_that_were_written(
+    images: tuple[int, ...], compressed: bool, tmp_path: Path
+) -> None:
+    labels = np.array([0, 1, 2, 1, 2], np.uint8)
+    pixels, values = own(tmp_path / "mine", images, labels, compressed=compressed)
+    dataset = idx.load(values)
+    assert (dataset.about.classes, dataset.about.shape) == (("0", "1", "2"), (1, *images)[-3:])
+    for split in (dataset.train, dataset.test):
+        np.testing.assert_array_equal(split.images, pixels)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+@pytest.mark.parametrize("dtype", ["i2", "i4"])
+def test_labels_may_be_wider_than_a_byte(dtype: str, tmp_path: Path) -> None:
+    labels = np.array([0, 999, 7], dtype)
+    _, values = own(tmp_path / "mine", (4, 4), labels)
+    dataset = idx.load(values)
+    assert len(dataset.about.classes) == 1000 and dataset.train.labels[np.array([1, 2])].tolist() == [999, 7]
+
+
+def test_classes_have_the_names_of_classes_txt(tmp_path: Path) -> None:
+    _, values = own(tmp_path / "mine", (4, 4), np.array([0, 1, 0], np.uint8), "cat\ndog\nzebra\n")
+    assert idx.load(values).about.classes == ("cat", "dog", "zebra")
 
 
 @pytest.mark.parametrize("damage", [lambda body: body[:-1], lambda body: body[:-1] + b"?", lambda body: b""])
@@ -536,7 +585,7 @@ def test_when_the_holder_of_the_lock_is_killed_the_waiter_goes_on_and_cleans_up(
     holder = start(values)
     assert mirror.asked.wait(60)
     assert cached(tmp_path) == [f"{TRAIN_IMAGES}.gz"]  # what the killed process will leave
-    next((tmp_path / "cache").glob(f"{idx.SCRATCH}*/")).joinpath("more").touch()
+    next((tmp_path / "cache").glob(f"{cache.SCRATCH}*/")).joinpath("more").touch()
 
     def say(line: str) -> None:
         if "waiting" in line:
@@ -563,9 +612,9 @@ def test_a_full_disk_is_told_as_the_caches_fault_and_leaves_nothing_behind(
 ) -> None:
     fill(tmp_path / "package")
     output, _ = start(config(tmp_path), file_size_limit=10_000).communicate()
-    assert f"DataError: {tmp_path}/cache: cannot store the data set there: [Errno 27] File too large" in output
+    assert f"Unwritable: {tmp_path}/cache: cannot store the data set there: [Errno 27] File too large" in output
     assert cached(tmp_path) == []
-    assert not list((tmp_path / "cache").glob(f"{idx.SCRATCH}*"))
+    assert not list((tmp_path / "cache").glob(f"{cache.SCRATCH}*"))
 
 
 def test_compressed_bytes_under_the_plain_name_are_decompressed_before_they_are_mapped(tmp_path: Path) -> None:

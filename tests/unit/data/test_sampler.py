@@ -255,3 +255,13 @@ def test_an_epoch_has_each_sample_that_is_kept_once_and_no_other(shards: int) ->
 def test_a_part_that_is_not_one_sample_is_refused() -> None:
     with pytest.raises(UsageError, match=r"data\.validation_fraction=0\.001: is not one sample of any class"):
         hold_out(LABELS, 0.001, 0)
+
+
+def test_the_batches_of_a_run_go_on_over_epochs_from_any_step() -> None:
+    sampler = Sampler(10, 4, seed=1)
+    found = list(sampler.batches(range(2, 7), range(1, 3), 3, micros=2))
+    assert [step for step, _ in found] == [2, 3, 4, 5, 6]
+    for step, batch in found:
+        for micro, shards in enumerate(batch):
+            expected = Sampler(10, 4, seed=1).shards(step // 3, step % 3, range(1, 3), 3, micro, 2)
+            assert [shard.samples.tolist() for shard in shards] == [shard.samples.tolist() for shard in expected]

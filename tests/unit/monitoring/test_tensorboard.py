@@ -61,7 +61,7 @@ def subject(*overrides: str) -> Subject:
     learner = Learner(net, Comm(), Feed(mx.cpu(), "float32"), config)
     learner.step(split, [[Shard(np.arange(first, first + 5), first) for first in range(0, 40, 5)]], 40, 0.1)
     learner.comm = Alone()
-    return Subject(config, learner, Dataset(split, split, FASHION_MNIST))
+    return Subject(config, learner, Dataset(split, split, FASHION_MNIST, {}))
 
 
 def write(folder: Path, *records: dict[str, Any], last_step: int = 0, shown: Optional[Subject] = None) -> None:
