@@ -355,7 +355,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     name: str = Field(
         "tutorial",
-        description="tutorial[_without_batch_norm], compact, of MXNet's zoo, or FILE.py:FUNCTION",
+        description="tutorial[_without_batch_norm], compact, MXNet's zoo, or FILE.py:FUNCTION",
     )
     options: Dict[str, Any] = Field(  # noqa: UP006
         {}, description="arguments of a network of the zoo or of your own, by name"
