@@ -93,6 +93,21 @@ def test_a_ground_that_is_dark_above_and_light_below_is_not_guessed(tmp_path: Pa
         prepare(saved(Image.fromarray(pixels), tmp_path), FASHION_MNIST)
 
 
+class OneFile:
+    """A data set of one picture, as training reads it."""
+
+    labels = np.zeros(1, np.int64)
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def read(self, index: int) -> bytes:
+        return self._file.read_bytes()
+
+    def name(self, index: int) -> str:
+        return str(self._file)
+
+
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (6, 8)), ("L", (30, 20)), ("RGBA", (6, 8)), ("P", (9, 9))])
 def test_for_other_data_a_picture_is_read_as_training_reads_it(
     tmp_path: Path, mode: str, size: tuple[int, int]
@@ -100,7 +115,7 @@ def test_for_other_data_a_picture_is_read_as_training_reads_it(
     random = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     file = saved(Image.fromarray(random).convert(mode), tmp_path)
     found = prepare(file, COLOUR)
-    expected = Pictures(tmp_path, np.array([file.name.encode()]), COLOUR.shape, True)[np.array([0])][0]
+    expected = Pictures(OneFile(file), COLOUR.shape, True)[np.array([0])][0]
     assert np.array_equal(found.pixels, expected.transpose(1, 2, 0))
     assert bool(found.done) == (mode != "RGB" or size != (6, 8))
 
