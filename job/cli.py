@@ -58,7 +58,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace those of the file")
     options = parser.parse_intermixed_args(arguments)
-    if options.quiet:
+    if options.quiet and not options.check:  # a launcher reads what --check prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
     config = load_config(options.config, options.overrides)
     require_samples(config, placement().size, config.data.global_batch_of(placement().size))

@@ -468,6 +468,19 @@ class TrainConfig(Section):
     )
 
 
+class ElasticConfig(Section):
+    """Of a job that loses and gains ranks: ``launch/local.sh --min-np``."""
+
+    commit_every_steps: int = Field(10, ge=1, description="steps between two commits: checkpoints in memory")
+    max_resets: int = Field(100, ge=0, description="most times that ranks are started again after a failure")
+    cooldown_seconds: float = Field(
+        10.0, ge=0, le=MOST_SECONDS, description="a place that failed twice is left out so long; then twice as long"
+    )
+    timeout_seconds: float = Field(
+        600.0, ge=0, le=MOST_SECONDS, description="longest wait for enough ranks; then a checkpoint and exit 75"
+    )
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -478,6 +491,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    elastic: ElasticConfig = Field(default_factory=ElasticConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

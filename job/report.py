@@ -186,7 +186,23 @@ def _timeline(run: History, place: int, last: int) -> str:
     return (
         f"<p>{_name(run, place)}: {turns}</p>"
         f'<div class="bar" aria-hidden="true" style="width: {width:.2f}%; --run: var(--run-{place})">{pieces}</div>'
+        f"{_changes(run) if run.changes else ''}"
     )
+
+
+def _changes(run: History) -> str:
+    """Why the ranks of the run changed, and what each time cost."""
+    rows = [
+        [
+            f"{change.step:,}",
+            f"{change.ranks_before} → {change.ranks}",
+            escape(change.why),
+            f"{change.replayed_steps:,}",
+            f"{change.lost_seconds:,.1f}",
+        ]
+        for change in run.changes
+    ]
+    return _table(["Went on after step", "Ranks", "Why", "Steps computed again", "Seconds lost"], rows)
 
 
 def _confusions(runs: Sequence[History]) -> str:

@@ -21,10 +21,11 @@ from job import storage
 from job.config import Config
 from job.errors import CheckpointError, JobError, UsageError
 
-CONFIG, DATASET, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE = (
-    "config.yaml", "dataset.json", "metrics.jsonl", "tensorboard", "summary.json", "checkpoints", "profile",
+CONFIG, DATASET, METRICS, CHANGES, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE = (
+    "config.yaml", "dataset.json", "metrics.jsonl", "changes.jsonl", "tensorboard", "summary.json", "checkpoints",
+    "profile",
 )  # fmt: skip
-CONTENTS = (CONFIG, DATASET, METRICS, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE)
+CONTENTS = (CONFIG, DATASET, METRICS, CHANGES, TENSORBOARD, SUMMARY, CHECKPOINTS, PROFILE)
 LOCK = "lock"
 CHECKPOINT = re.compile(r"step-\d{8,}")  # the name of a checkpoint that is whole
 UNFINISHED = re.compile(r"step-\d{8,}(\.old)?\.partial")  # of one that is being written or removed

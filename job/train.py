@@ -19,13 +19,15 @@ if __name__ == "__main__":
 from job import command
 from job.cli import parse, require_samples, settle_shards
 from job.distributed.placement import enforce_determinism, placement, share_cores
+from job.distributed.standby import is_standby, wait_for_rank
 from job.quick_import import quicken
 
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
     quicken()
-    asked = command.attempt(parse)  # whoever has made a mistake need not wait for all that follows
-    if asked.run.deterministic:
+    # Whoever has made a mistake need not wait for all that follows.
+    asked = None if is_standby() else command.attempt(parse)
+    if asked and asked.run.deterministic:
         enforce_determinism()  # before MXNet is imported, too
 
 from mxnet import Context
@@ -49,7 +51,7 @@ from job.monitoring.recorder import Recorder
 from job.monitoring.tensorboard import Subject
 from job.monitoring.writers import open_writers
 from job.networks import models, weights
-from job.training.learner import Feed, Learner
+from job.training.learner import Feed, Learner, load_loops
 from job.training.schedule import Schedule, peak_learning_rate
 
 
@@ -113,8 +115,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
                 for split, samples in dataset.measured(last=step + 1 == total_steps):
                     found = learner.evaluations(samples, config.data.test_batch_per_rank)
                     recorder.test(step + 1, epoch, *found, split=split)
-            if epoch_ends or learner.stopping or (step + 1) % (config.checkpoint.every_steps or sys.maxsize) == 0:
-                checkpoints.save(state)
+            checkpoints.keep(state, save=epoch_ends or learner.stopping)
             if learner.stopping:
                 checkpoints.finish()
                 raise preemption.preempted(comm, step + 1)
@@ -146,4 +147,5 @@ def main(config: Optional[Config] = None) -> None:
 
 
 if __name__ == "__main__":
+    wait_for_rank(prepare=load_loops)
     command.run(lambda: main(asked))

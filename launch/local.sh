@@ -7,9 +7,10 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/local.sh [-np N] [--gloo] [--dry-run] [arguments of job/train.py]
+usage: launch/local.sh [-np N] [--min-np M] [--gloo] [--dry-run] [arguments of job/train.py]
 
   -np N       ranks (default: one for each GPU, or 2 without a GPU)
+  --min-np M  when a rank dies, the others go on at once, as long as M ranks can (over Gloo; docs/elastic.md)
   --gloo      use Gloo; the default is MPI if there is an mpirun, because it is faster on one machine
   --dry-run   print the command and stop
   --help      this text; `python job/train.py --help` lists the arguments of train.py
@@ -32,6 +33,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/..
 # shellcheck source=launch/shared/environment.sh
 . "$root/launch/shared/environment.sh"
 ranks=
+least=
 controller=
 dry_run=no
 resume=(run.resume=auto)
@@ -40,6 +42,7 @@ arguments=()
 while (($#)); do
   case $1 in
     -np) ranks=${2:-nothing} && shift ;;
+    --min-np) least=${2:-nothing} && shift ;;
     --gloo) controller=gloo ;;
     --dry-run) dry_run=yes ;;
     -h | --help) usage && exit 0 ;;
@@ -60,10 +63,20 @@ if ! [[ $ranks =~ ^[1-9][0-9]{0,4}$ ]]; then
   say "-np takes a number of ranks, 1 or more, not '$ranks'"
   exit 2
 fi
+if [[ -n $least ]] && ! { [[ $least =~ ^[1-9][0-9]{0,4}$ ]] && ((least <= ranks)); }; then
+  say "--min-np takes a number of ranks, from 1 to that of -np, $ranks; not '$least'"
+  exit 2
+fi
 end_timeout=${JOB_END_TIMEOUT_SECONDS:-60}
 if ! [[ $end_timeout =~ ^[1-9][0-9]{0,5}$ ]]; then
   say "JOB_END_TIMEOUT_SECONDS takes a number of seconds, 1 or more, not '$end_timeout'"
   exit 2
+fi
+if [[ -n $least ]]; then
+  command=(python "$root/launch/elastic" -np "$ranks" --min-np "$least" "${arguments[@]}")
+  [[ $dry_run == yes ]] || exec "${command[@]}"
+  printf '%q ' "${command[@]}" && echo
+  exit 0
 fi
 if [[ -z $controller ]] && command -v mpirun >/dev/null; then controller=mpi; fi
 

@@ -26,6 +26,7 @@ MATRIX = {
     10: ("checkpoint of another model, config, data or format", "refused, with the difference"),
     11: ("two runs in one directory", "the second refused, the first named"),
     12: ("killed, then resumed", "no step repeated or backward in the metrics"),
+    13: ("elastic: ranks killed anywhere, one or two, rank 0, in a recovery", "same bits and records, nothing left"),
     14: ("a malicious pickle as a checkpoint", "never executed"),
     15: ("NaN or infinity in the loss or gradient", "stopped with the step named, or skipped and counted"),
     16: ("data truncated, wrong, out of range, cut", "a clear error, no half file"),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from job.checkpoints.commits import Commits, open_commits
 from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, decode_arrays, decode_state, read
 from job.config import Config, fields
 from job.errors import CheckpointError, UsageError
@@ -15,7 +16,7 @@ from job.fitness.facts import commit, versions
 from job.run_dir import CHECKPOINTS
 
 if TYPE_CHECKING:  # for check(), which runs before anything that takes long to import
-    from job.checkpoints.state import RunState
+    from job.checkpoints.state import Arrays, RunState
     from job.distributed.comm import Comm
 
 # What may differ: it changes where and how fast a run learns, but not what. A run may be made longer; with a cosine
@@ -27,6 +28,7 @@ _FREE = {
     "data.dir", "data.format", "data.on_damaged", "data.decode_threads", "data.cache_dir", "data.mirrors",
     "data.batch_per_rank", "data.test_batch_per_rank", "data.download_timeout_seconds", "data.download_attempts",
     "data.lock_timeout_seconds", "checkpoint.every_steps", "checkpoint.keep",
+    "elastic.commit_every_steps", "elastic.timeout_seconds", "elastic.cooldown_seconds", "elastic.max_resets",
 }  # fmt: skip
 _LENGTH = {"train.epochs", "train.max_steps"}
 # What a run did before these keys were there, where that is not their default.
@@ -84,22 +86,31 @@ class Checkpoints:
 
     Args:
         writer: writes them; None on the other ranks.
+        commits: the checkpoints in memory; None where there are none.
         comm: all ranks.
         config: of the run.
         identity: see :func:`identity`.
     """
 
     def __init__(
-        self, writer: Optional[BackgroundWriter], comm: Comm, config: Config, identity: dict[str, Any]
+        self,
+        writer: Optional[BackgroundWriter],
+        commits: Optional[Commits],
+        comm: Comm,
+        config: Config,
+        identity: dict[str, Any],
     ) -> None:
         self._writer = writer
+        self._commits = commits
         self._comm = comm
         self._config = config
         self._identity = identity
-        self._code = {"versions": versions(), "commit": commit()} if writer else {}
+        self._code = {"versions": versions(), "commit": commit()} if writer or commits else {}
 
     def resume(self, state: RunState) -> None:
-        """Load the checkpoint that ``run.resume`` asks for into ``state``; write the first one if there is none.
+        """Load the checkpoint that ``run.resume`` asks for into ``state``; write the first one if the run has none.
+
+        Where a supervisor has started the ranks again, a commit that is newer is taken instead.
 
         Raises:
             CheckpointError: all are damaged, or of another network.
@@ -110,17 +121,33 @@ class Checkpoints:
         values = self._comm.broadcast_bytes(found.state if found else b"", "checkpoint state")
         if arrays:
             state.load_state_dict(decode_arrays(arrays), decode_state(values)["parts"])
-        else:  # before anything else is written: a run without a checkpoint has nothing to lose
+        # Before anything else is written: a run without a checkpoint of its own has nothing to lose.
+        if not arrays or self._config.run.resume != "auto":
             self.save(state)
             self.finish()
+        if self._commits:
+            self._commits.tell(state.learner.steps)
+
+    def keep(self, state: RunState, save: bool) -> None:
+        """Save if ``save`` or when it is time for that, else commit when it is. All ranks call it after each step."""
+        step, every_steps = state.learner.steps, self._config.checkpoint.every_steps
+        if save or (every_steps and step % every_steps == 0):
+            self.save(state)
+        elif self._commits and self._commits.due(step):
+            self._commits.write(step, *self._copy(state))
+        if self._commits:
+            self._commits.tell(step)
 
     def save(self, state: RunState) -> None:
-        """Copy the state and start to write it. All ranks call it together, after the same step."""
-        arrays, values = state.state_dict()
-        step = state.learner.steps
+        """Copy the state and start to write it to the disk. All ranks call it together, after the same step."""
+        state.recorder.sync()
+        arrays, described = self._copy(state)
         if self._writer:
-            described = {"config": self._identity, "ranks": self._comm.size, **self._code, "parts": values}
-            self._writer.write(step, arrays, described, state.recorder.score(step))
+            self._writer.write(state.learner.steps, arrays, described, state.recorder.score(state.learner.steps))
+
+    def _copy(self, state: RunState) -> tuple[Arrays, dict[str, Any]]:
+        arrays, values = state.state_dict()
+        return arrays, {"config": self._identity, "ranks": self._comm.size, **self._code, "parts": values}
 
     @property
     def failing(self) -> bool:
@@ -141,6 +168,9 @@ class Checkpoints:
 
     def _choose(self) -> Optional[Checkpoint]:
         found = _find(self._config, _warn)
+        if found and self._commits:
+            committed = self._commits.newest(_warn)
+            found = committed if committed and committed.step > found.step else found
         if found:
             require_same_run(found, self._identity)
             print(f"going on after step {found.step}", flush=True)
@@ -153,11 +183,14 @@ def open_checkpoints(config: Config, comm: Comm, digests: Mapping[str, str]) -> 
     """The checkpoints of this run; only rank 0 writes. What is being written at the end is finished."""
     store = Store(config.run.dir / CHECKPOINTS, config.checkpoint.keep)
     writer = BackgroundWriter(store) if comm.rank == 0 else None
+    commits = open_commits(config.elastic.commit_every_steps, comm.local_rank == 0)
     try:
-        yield Checkpoints(writer, comm, config, identity(config, comm.size, digests))
+        yield Checkpoints(writer, commits, comm, config, identity(config, comm.size, digests))
     finally:
         if writer:
             writer.close()
+        if commits:
+            commits.close()
 
 
 def require_same_run(found: Checkpoint, now: Mapping[str, Any]) -> None:

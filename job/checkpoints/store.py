@@ -76,16 +76,22 @@ class Store:
         Raises:
             OSError: it cannot be written. Those before it stay, and of this one nothing does.
         """
+        files = {ARRAYS: encode_arrays(arrays), STATE: encode_state(state)}
+        self._put(step, {**files, MANIFEST: _manifest(step, score, files, weights_sha256(part_of(arrays, "network")))})
+
+    def adopt(self, path: Path) -> None:
+        """Write a checkpoint that was read from elsewhere and found intact. Raises what :meth:`write` does."""
+        self._put(step_of(path), {name: (path / name).read_bytes() for name in (ARRAYS, STATE, MANIFEST)})
+
+    def _put(self, step: int, files: Mapping[str, bytes]) -> None:
         target = self.folder / f"step-{step:08d}"
         temporary = target.with_name(target.name + _PARTIAL)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
             temporary.mkdir()
-            files = {ARRAYS: encode_arrays(arrays), STATE: encode_state(state)}
             for name, content in files.items():
                 _write(temporary / name, content)
-            _write(temporary / MANIFEST, _manifest(step, score, files, weights_sha256(part_of(arrays, "network"))))
             storage.sync_folder(temporary)
             _remove(target)  # a damaged one, if any: whoever goes on from a step never takes that step again
             os.rename(temporary, target)

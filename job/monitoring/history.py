@@ -17,7 +17,7 @@ import yaml
 
 from job.errors import UsageError
 from job.monitoring.records import Record
-from job.run_dir import CONFIG, DATASET, METRICS, SUMMARY
+from job.run_dir import CHANGES, CONFIG, DATASET, METRICS, SUMMARY
 
 NUMBERS = ("loss", "accuracy", "learning_rate", "images_per_second")  # what is read of a record beside the counts
 
@@ -30,6 +30,17 @@ class Span(NamedTuple):
     end: int
 
 
+class Change(NamedTuple):
+    """Ranks died or could run again, and others went on after ``step``: a line of changes.jsonl."""
+
+    step: int
+    ranks_before: int
+    ranks: int
+    why: str
+    replayed_steps: int
+    lost_seconds: float
+
+
 @dataclass(frozen=True)
 class History:
     """One run: its name, its records in the order of their steps, and what else its folder holds."""
@@ -40,6 +51,7 @@ class History:
     summary: dict[str, Any]  # empty until the run is complete
     notes: Sequence[str] = ()
     data: dict[str, Any] = field(default_factory=dict)  # as dataset.json describes it
+    changes: Sequence[Change] = ()  # in their order
 
     def of(self, split: str) -> list[Record]:
         """The records of the training ("train") or of the evaluations ("validation", "test")."""
@@ -112,7 +124,16 @@ def _read_run(folder: Path, name: str) -> History:
         raise UsageError(f"{folder / METRICS}: holds no record yet; wait for the run's first ones")
     data = _mapping(folder / DATASET, json.loads)
     config = dict(_flat(_mapping(folder / CONFIG, yaml.safe_load)))
-    return History(name, records, config, _mapping(folder / SUMMARY, json.loads), notes, data)
+    changes = list(_changes(folder / CHANGES, notes))
+    return History(name, records, config, _mapping(folder / SUMMARY, json.loads), notes, data, changes)
+
+
+def _changes(file: Path, notes: list[str]) -> Iterator[Change]:
+    for number, line in enumerate(_text(file).splitlines() if file.exists() else (), 1):
+        try:
+            yield Change(**json.loads(line))
+        except (ValueError, TypeError):
+            notes.append(f"{file}: line {number} is no change of ranks and was left out")
 
 
 def _records(file: Path, notes: list[str]) -> Iterator[Record]:

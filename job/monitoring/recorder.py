@@ -116,10 +116,13 @@ class Recorder:
         """By which split evaluations are compared."""
         return "validation" if "validation" in self._last else "test"
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is not in the records yet, and what the summary will say. What is in them is on disk from now on."""
+    def sync(self) -> None:
+        """Have the records outlive a loss of power: a checkpoint is about to count on them."""
         for writer in self.writers:
             writer.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the records yet, and what the summary will say."""
         return {
             "epoch": [self._epoch.loss_sum, self._epoch.correct, self._epoch.count],
             "trained": self._trained,

@@ -60,6 +60,11 @@ def cross_entropy(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
     return losses
 
 
+def load_loops(augments: bool = False) -> None:
+    """Load the compiled loops of a step, unless that is done; also those that augment images if it ``augments``."""
+    load_kept(kernels, fused, convolution, exact, *([augmentation] if augments else []))
+
+
 class Feed(NamedTuple):
     """How samples reach the network: on which device, in which type, and scaled how."""
 
@@ -103,7 +108,7 @@ class Learner:
     """
 
     def __init__(self, net: gluon.HybridBlock, comm: Comm, feed: Feed, config: Config) -> None:
-        load_kept(kernels, fused, convolution, exact, *([augmentation] if config.data.augment.changes else []))
+        load_loops(config.data.augment.changes)
         self.steps = 0  # taken, of the run
         self.skipped = 0  # of those, without an update
         self.stopping = False  # whether a rank has asked to stop; the same on all ranks after the same step

@@ -1,6 +1,8 @@
 """``job/train.py`` with a fault planted: ``FAULT=ACTION:POINT:RANK:STEP python -m tests.faults.broken [arguments]``.
 
 The fault strikes once, on the given rank (``all`` for every one), when the run reaches the point after so many steps.
+There may be several, with spaces between them; ``0+2`` are the ranks 0 and 2. In a job whose ranks are started again,
+each strikes once, after those before it. The folder ``FAULT_MARKS`` remembers it.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import errno
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from job.distributed.placement import placement, share_cores
+from job.distributed.standby import wait_for_rank
 from job.quick_import import quicken
 
 share_cores()
@@ -21,6 +25,7 @@ import numpy as np
 
 from job import command, train
 from job.checkpoints import store
+from job.checkpoints.resume import Checkpoints
 from job.checkpoints.state import RunState
 from job.distributed.comm import Comm, HorovodComm
 from job.training.learner import Learner
@@ -70,57 +75,88 @@ ACTIONS = {
     "full": full_disk,
 }
 
-action, point, rank, after = os.environ.get("FAULT", "none:none:0:0").split(":")
-mine = rank in ("all", str(placement().rank))
+
+class Fault:
+    """One of the faults that ``FAULT`` names."""
+
+    def __init__(self, number: int, text: str) -> None:
+        self.number = number
+        self.action, self.point, rank, self.after = text.split(":")
+        self.mine = rank == "all" or str(placement().rank) in rank.split("+")
+        self._struck = False
+
+    def strikes(self, steps: int) -> bool:
+        """Whether it is time, of which this is then the only one."""
+        if not self.mine or self._struck or steps < int(self.after):
+            return False
+        if "FAULT_MARKS" in os.environ:
+            marks = Path(os.environ["FAULT_MARKS"])
+            own = marks / f"{self.number}.{placement().rank}"
+            if own.exists() or (self.number and not list(marks.glob(f"{self.number - 1}.*"))):
+                return False
+            own.touch()
+        self._struck = True
+        return True
+
+    def plant(self, owner: Any, name: str, steps: Any, before: bool = True) -> None:
+        whole = getattr(owner, name)
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            strikes = self.strikes(steps(*arguments))
+            if strikes and before:
+                ACTIONS[self.action]()
+            result = whole(*arguments, **options)
+            if strikes and not before:
+                ACTIONS[self.action]()
+            return result
+
+        setattr(owner, name, broken)
+
+    def plant_nan(self) -> None:
+        whole = Learner._fed
+
+        def broken(learner: Learner, *arguments: Any) -> Any:
+            feeds = whole(learner, *arguments)
+            if self.mine and learner.steps == int(self.after):
+                feeds[0]["data"] = feeds[0]["data"] * (np.nan if self.action == "nan" else np.inf)
+            return feeds
+
+        Learner._fed = broken  # type: ignore[method-assign]
+
+    def plant_at_point(self) -> None:
+        calls: list[None] = []
+        point = self.point
+        if self.action == "alarm":  # kills as surely as SIGKILL, by the kernel's clock, whatever the process is doing
+            ACTIONS["alarm"] = lambda: signal.setitimer(signal.ITIMER_REAL, float(point))
+            self.plant(train, "connect", lambda *_: 0)
+        elif self.action in ("nan", "inf"):
+            self.plant_nan()
+        elif point == "start":
+            self.plant(train, "connect", lambda *_: 0)
+        elif point == "resume":
+            self.plant(Checkpoints, "resume", lambda *_: 0)
+        elif point == "step":
+            self.plant(Learner, "step", lambda learner, *_: learner.steps)
+        elif point == "allreduce":
+            self.plant(HorovodComm, "allreduce_", lambda *_: calls.append(None) or len(calls), before=False)
+        elif point == "save":
+            self.plant(RunState, "state_dict", lambda state: state.learner.steps)
+        elif point == "write":
+            self.plant(store, "_write", lambda file, _: written_step(file, "checkpoints"))
+        elif point == "commit":
+            self.plant(store, "_write", lambda file, _: written_step(file, "horovod-gluon-job."))
+        elif point == "evaluation":
+            self.plant(Learner, "evaluate", lambda learner, *_: learner.steps)
 
 
-def plant(owner: Any, name: str, steps: Any, before: bool = True) -> None:
-    whole, struck = getattr(owner, name), []
-
-    def broken(*arguments: Any, **options: Any) -> Any:
-        strikes = mine and not struck and steps(*arguments) == int(after)
-        if strikes:
-            struck.append(True)
-        if strikes and before:
-            ACTIONS[action]()
-        result = whole(*arguments, **options)
-        if strikes and not before:
-            ACTIONS[action]()
-        return result
-
-    setattr(owner, name, broken)
+def written_step(file: Path, folder: str) -> int:
+    """The step of the checkpoint whose last file is about to be written into a folder of such a name; else none."""
+    last = file.name == store.MANIFEST and file.parent.parent.name.startswith(folder)
+    return int(file.parent.name.partition(".")[0][5:]) if last else -1
 
 
-def plant_nan() -> None:
-    whole = Learner._fed
-
-    def broken(self: Learner, *arguments: Any) -> Any:
-        feeds = whole(self, *arguments)
-        if mine and self.steps == int(after):
-            feeds[0]["data"] = feeds[0]["data"] * (np.nan if action == "nan" else np.inf)
-        return feeds
-
-    Learner._fed = broken  # type: ignore[method-assign]
-
-
-if action == "alarm":  # kills as surely as SIGKILL, by the kernel's clock, whatever the process is doing
-    plant(train, "connect", lambda *_: 0)
-    ACTIONS["alarm"] = lambda: signal.setitimer(signal.ITIMER_REAL, float(point))
-elif action in ("nan", "inf"):
-    plant_nan()
-elif point == "start":
-    plant(train, "connect", lambda *_: 0)
-elif point == "step":
-    plant(Learner, "step", lambda learner, *_: learner.steps)
-elif point == "allreduce":
-    calls: list[None] = []
-    plant(HorovodComm, "allreduce_", lambda *_: calls.append(None) or len(calls), before=False)
-elif point == "save":
-    plant(RunState, "state_dict", lambda state: state.learner.steps)
-elif point == "write":
-    plant(store, "_manifest", lambda step, *_: step)
-elif point == "evaluation":
-    plant(Learner, "evaluate", lambda learner, *_: learner.steps)
+for number, text in enumerate(os.environ.get("FAULT", "none:none:0:0").split()):
+    Fault(number, text).plant_at_point()
 
 
 def timed() -> None:
@@ -138,4 +174,5 @@ def timed() -> None:
 
 
 if __name__ == "__main__":
-    command.run(timed if action == "time" else train.main)
+    wait_for_rank(prepare=train.load_loops)
+    command.run(timed if os.environ.get("FAULT", "").startswith("time:") else train.main)

@@ -48,12 +48,12 @@ class Run:
         return self.popen(command, fault)
 
     def popen(
-        self, command: Sequence[str], fault: str = "none:none:0:0", stderr: int = subprocess.STDOUT
+        self, command: Sequence[str], fault: str = "none:none:0:0", stderr: int = subprocess.STDOUT, **variables: str
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**environment(), "FAULT": fault, "OMP_NUM_THREADS": "1"},
+            env={**environment(), "FAULT": fault, "OMP_NUM_THREADS": "1", **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -96,6 +96,12 @@ def test_check_prints_a_config_that_reads_back_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_prints_the_config_of_a_quiet_run_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["--check", "--quiet", "run.seed=7"])
+    assert yaml.safe_load(capsys.readouterr().out)["run"]["seed"] == 7
+
+
 def test_a_check_does_not_wait_for_the_import_of_what_trains(tmp_path: Path) -> None:
     program = (
         "import runpy, sys\n"

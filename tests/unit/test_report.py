@@ -234,3 +234,23 @@ def test_what_cannot_be_done_is_one_error_without_a_traceback(
     done = report(*arguments, folder=folder)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.count("error:") == 1 and not list(folder.rglob("*.partial"))
+
+
+def test_each_change_of_the_ranks_is_a_row_with_its_reason_and_its_cost(tmp_path: Path) -> None:
+    folder = run(tmp_path / "elastic", [train(10, ranks=3), train(20, ranks=2)])
+    change = {
+        "step": 8,
+        "ranks_before": 3,
+        "ranks": 2,
+        "why": "rank 1 <died>",
+        "replayed_steps": 4,
+        "lost_seconds": 2.5,
+    }
+    (folder / "changes.jsonl").write_text(json.dumps(change) + "\n" + '{"step": 9}\nhalf a li')
+    (history,) = read_runs([folder])
+    shown = Page(page([history]))
+    assert ["8", "3 → 2", "rank 1 <died>", "4", "2.5"] in shown.rows
+    assert [note.partition(": ")[2] for note in history.notes] == [
+        "line 2 is no change of ranks and was left out",
+        "line 3 is no change of ranks and was left out",
+    ]

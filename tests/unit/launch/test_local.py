@@ -213,3 +213,21 @@ kill -KILL $$""",
     assert done.returncode == 1
     assert done.stdout.startswith("/dev/shm/local.sh.")
     assert not Path(done.stdout.strip()).exists()
+
+
+def test_a_job_that_is_to_go_on_is_handed_to_the_supervisor_with_all_arguments(project: Project) -> None:
+    done = project.run("launch/local.sh", "-np", "4", "--min-np", "2", "--dry-run", "x.y=1", "run.overwrite=true")
+    root = project.root
+    assert done.stdout == f"python {root}/launch/elastic -np 4 --min-np 2 x.y=1 run.overwrite=true \n"
+    (project.bin / "python").unlink()  # a link to the one that runs the tests
+    project.program("python", 'echo "$@"; exit 75')
+    done = project.run("launch/local.sh", "-np", "4", "--min-np", "2")
+    assert done.stdout == f"{root}/launch/elastic -np 4 --min-np 2 run.resume=auto\n"
+    assert done.returncode == 75
+
+
+@pytest.mark.parametrize("least", ["0", "5", "two", ""])
+def test_ranks_to_go_on_with_that_are_none_or_too_many_are_refused(project: Project, least: str) -> None:
+    done = project.run("launch/local.sh", "-np", "4", "--min-np", least)
+    assert done.returncode == 2
+    assert "--min-np takes a number of ranks, from 1 to that of -np, 4; not " in done.stderr
