@@ -330,6 +330,9 @@ class DataConfig(Section):
             raise ValueError(f"format={self.format} needs data.dir, the folder that holds {PICTURES[self.format]}")
         if self.is_pictures and {*self.sha256.model_dump().values()} != {"any"}:
             raise ValueError(f"format={self.format} has no checksums; leave data.sha256 out")
+        for_pictures = self.image_size is not None or self.on_damaged == "skip"
+        if for_pictures and not self.is_pictures and self.dir is not None and not os.path.isdir(self.dir):
+            raise ValueError(f"dir={self.dir}: no such folder")  # what it holds could not be seen
         if not self.is_pictures and self.image_size is not None:
             raise ValueError("image_size is for format=folder or record; IDX images are taken as they are")
         if not self.is_pictures and self.on_damaged == "skip":

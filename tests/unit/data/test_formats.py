@@ -111,6 +111,7 @@ def nothing(folder: Path) -> None:
 KEEP = ["data.on_damaged=skip"]
 WRONG: dict[str, tuple[str, Callable[[Path], Any], list[str], list[str]]] = {
     "no folder": ("folder", shutil.rmtree, ["data.format=folder"], ["no such folder"]),
+    "no folder that could tell the format": ("folder", shutil.rmtree, ["data.image_size=8"], ["no such folder"]),
     "no train": ("folder", remove("train"), ["data.format=folder"], ["train", "train/CLASS/"]),
     "no test": ("folder", remove("test"), [], ["test", "No such file"]),
     "no class": ("folder", remove("train/*"), [], ["train", "0 folders"]),
