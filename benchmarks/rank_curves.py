@@ -30,14 +30,22 @@ SETTINGS = [
 def main() -> None:
     """Run what is missing, print, and draw."""
     runs = {(sync, ranks): _run(sync, ranks) for sync in (True, False) for ranks in RANKS}
-    print("\n| BatchNorm | ranks | samples a rank | largest difference of a step's loss | test loss | test accuracy |")
-    print("|---|---|---|---|---|---|")
+    columns = (
+        "BatchNorm",
+        "ranks",
+        "samples a rank",
+        "largest difference of a step's loss",
+        "test accuracy",
+        "weights",
+    )
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for (sync, ranks), result in runs.items():
         reference = np.array(runs[sync, 1].series("train", "loss"))
         difference = np.abs(np.array(result.series("train", "loss")) / reference - 1).max()
-        name, last = "synchronized" if sync else "of each rank", result.records[-1]
+        name = "synchronized" if sync else "of each rank"
         share = f"{16 // ranks}" if 16 % ranks == 0 else f"{16 // ranks} or {16 // ranks + 1}"
-        print(f"| {name} | {ranks} | {share} | {difference:.1e} | {last['loss']:.4f} | {last['accuracy']:.4f} |")
+        accuracy, digest = result.records[-1]["accuracy"], result.summary["weights_sha256"][:12]
+        print(f"| {name} | {ranks} | {share} | {difference:.1e} | {accuracy:.4f} | `{digest}` |")
     _draw(runs)
 
 
@@ -52,9 +60,10 @@ def _draw(runs: dict[tuple[bool, int], Run]) -> None:
         for ranks, width in zip(RANKS, (6.0, 4.2, 2.6, 1.0)):
             loss = np.convolve(runs[sync, ranks].series("train", "loss"), np.ones(WINDOW) / WINDOW, mode="valid")
             steps = np.arange(WINDOW, WINDOW + len(loss))
-            axis.plot(steps, loss, lw=width if sync else 1.2, label=f"{ranks} rank{'s' * (ranks > 1)}")
+            label = f"{ranks} rank{'s' * (ranks > 1)}: weights {runs[sync, ranks].summary['weights_sha256'][:12]}"
+            axis.plot(steps, loss, lw=width if sync else 1.2, label=label)
         axis.set(title=title, xlabel="step", yscale="log")
-        axis.legend()
+        axis.legend(prop={"family": "monospace", "size": 8})
     axes[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "rank_curves.png", dpi=110)
