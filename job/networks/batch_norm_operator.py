@@ -83,7 +83,8 @@ class Group:
             mine = slice(here.start - self.own.start, here.stop - self.own.start)
             table[here.start - sharing.start : here.stop - sharing.start] = rows[mine]
             try:
-                table = comm.sum(table, f"{self._name}.{name}.{sharing.start}")
+                of_group = "" if self.whole else f".{sharing.start}"
+                table = comm.sum(table, f"{self._name}.{name}{of_group}")
             except PeerLostError:
                 # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
                 # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
