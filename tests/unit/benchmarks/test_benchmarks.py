@@ -45,11 +45,11 @@ def test_the_calls_that_onednn_tells_of_become_a_step_of_each_operator() -> None
     call = "dnnl_verbose,exec,cpu,{},jit:any,{},src_f32::blocked:abcd:f0 dst_f32::blocked:abcd:f0,,alg:x y:1,{},{}"
     lines = [
         "dnnl_verbose,info,oneDNN v2.4.4",
-        call.format("convolution", "forward_training", "mb32_ic1oc20_ih28oh24", "0.5"),
-        call.format("convolution", "forward_training", "mb32_ic1oc20_ih28oh24", "0.7"),
+        call.format("inner_product", "backward_data", "mb32ic1250oc128", "0.5"),
+        call.format("inner_product", "backward_data", "mb32ic1250oc128", "0.7"),
         call.format("reorder", "undef", "32x10", "0.2"),
     ]
-    assert step_parts.by_operator(lines, steps=2) == pytest.approx({"convolution 1, forward": 0.6, "other": 0.1})
+    assert step_parts.by_operator(lines, steps=2) == pytest.approx({"dense 1, data": 0.6, "other": 0.1})
 
 
 def test_a_sum_sends_all_but_its_own_part_twice() -> None:

@@ -31,7 +31,7 @@ def test_what_a_checkpoint_counts_on_is_forced_to_the_disk(tmp_path: Path, monke
     forced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     with open_writers(tmp_path, Comm(), 235) as writers:
-        Recorder(writers).state_dict()
+        Recorder(writers).sync()
     assert forced.count(str(tmp_path / "metrics.jsonl")) == 1
 
 

@@ -162,4 +162,4 @@ def test_the_compact_network_is_made_of_operators_that_are_fused() -> None:
 
 
 def test_the_best_recipe_is_a_configuration_that_can_start() -> None:
-    cli._check_network(load_config(Path(cli.__file__).parents[1] / "configs" / "best.yaml"))
+    cli._check_data(load_config(Path(cli.__file__).parents[1] / "configs" / "best.yaml"))

@@ -140,7 +140,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_file_that_is_of_no_use_is_one_message_before_any_rank_starts(wrong: Path, name: str) -> None:
     config = load_config(overrides=[f"model.name={wrong}/net.py:net", f"model.weights={wrong / name}"])
     with pytest.raises(UsageError) as caught:
-        cli._check_network(config)
+        cli._check_data(config)
     message = str(caught.value)
     assert all(word in message for word in [f"model.weights={wrong / name}", *WRONG[name]]), message
     assert "\n" not in message
@@ -149,9 +149,9 @@ def test_a_file_that_is_of_no_use_is_one_message_before_any_rank_starts(wrong: P
 def test_a_file_that_fits_passes_the_check_and_a_run_that_goes_on_needs_none(wrong: Path, tmp_path: Path) -> None:
     gluon_s(network(), tmp_path)
     name = f"model.name={wrong}/net.py:net"
-    cli._check_network(load_config(overrides=[name, f"model.weights={tmp_path / 'net.params'}"]))
+    cli._check_data(load_config(overrides=[name, f"model.weights={tmp_path / 'net.params'}"]))
     Store(tmp_path / "checkpoints", 1).write(3, {"network/x": np.ones(1, np.float32)}, {})
     gone: list[Any] = [name, f"model.weights={tmp_path / 'gone.params'}", f"run.dir={tmp_path}"]
-    cli._check_network(load_config(overrides=[*gone, "run.resume=auto"]))
+    cli._check_data(load_config(overrides=[*gone, "run.resume=auto"]))
     with pytest.raises(UsageError):
-        cli._check_network(load_config(overrides=gone))
+        cli._check_data(load_config(overrides=gone))
