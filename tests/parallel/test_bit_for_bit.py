@@ -66,7 +66,7 @@ def runs(comm: Comm, folder: str, overrides: list[str], settings: dict[str, list
 def by_ranks(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Of 1, 2 and 3 ranks the hash and the records of a run with each of the settings."""
     folder = tmp_path_factory.mktemp("settings")
-    overrides = [*synthetic.write(folder / "data"), *SHORT]
+    overrides = [*synthetic.write(folder / "data"), *SHORT, "train.epochs=1"]
     found: dict[int, Any] = {}
     for ranks in (1, 2, 3):
         hashes = run_ranks(runs, ranks, folder=str(folder / str(ranks)), overrides=overrides, settings=SETTINGS)
@@ -129,11 +129,9 @@ def in_every_format(folder: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("network", "ranks"),
-    [(f"{__file__}:with_dropout", [1, 2]), pytest.param("resnet18_v1", [1, 2, 3], marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("network", "ranks"), [(f"{__file__}:with_dropout", [1, 2]), ("resnet18_v1", [1, 2, 3])])
 def test_pictures_are_one_run_in_any_format_at_any_number_of_ranks_also_when_cut_off(
     run_ranks: Any, tmp_path: Path, network: str, ranks: list[int]
 ) -> None:
