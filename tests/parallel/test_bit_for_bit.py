@@ -66,7 +66,7 @@ def runs(comm: Comm, folder: str, overrides: list[str], settings: dict[str, list
 def by_ranks(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Of 1, 2 and 3 ranks the hash and the records of a run with each of the settings."""
     folder = tmp_path_factory.mktemp("settings")
-    overrides = [*synthetic.write(folder / "data"), *SHORT, "train.epochs=1"]
+    overrides = [*synthetic.write(folder / "data"), *SHORT]
     found: dict[int, Any] = {}
     for ranks in (1, 2, 3):
         hashes = run_ranks(runs, ranks, folder=str(folder / str(ranks)), overrides=overrides, settings=SETTINGS)
