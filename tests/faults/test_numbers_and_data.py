@@ -54,7 +54,7 @@ def test_damaged_data_ends_the_run_with_the_file_and_the_reason(run: Run, damage
     file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     (file.parent / "classes.txt").write_text("".join(f"{number}\n" for number in range(10)))
     ended = run.train(2)
-    assert ended.code == 1  # of horovodrun
+    assert ended.code == 1
     assert str(file) in ended.output or str(file.parent / "classes.txt") in ended.output
     assert said in ended.output
     assert not (run.folder / "checkpoints").exists()
