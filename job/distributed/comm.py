@@ -23,8 +23,8 @@ from job.distributed.roll_call import RollCall
 from job.distributed.watchdog import Watchdog, is_orphan, tell
 from job.errors import PeerLostError, UsageError
 
-# Horovod looks for work once a cycle, and a sum waits for half of one. Over MPI a look costs little; over Gloo it takes
-# so much of a core that its own 1 ms is better (`make bench`).
+# Horovod looks for work once a cycle, and a sum waits for half of one. Over MPI this was a little faster than its own
+# 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured.
 _CYCLE = ("HOROVOD_CYCLE_TIME", "0.5")
 _TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
