@@ -34,6 +34,9 @@ _LENGTH = {"train.epochs", "train.max_steps"}
 # What a run did before these keys were there, where that is not their default.
 _BEFORE = {"model.fuse_batch_norm": False, "model.direct_convolution": False}
 
+# To be raised by a version whose loops add up in another order than before, and so come to other bits.
+_ORDER_OF_SUMS = 2
+
 
 def identity(config: Config, ranks: int, digests: Mapping[str, str]) -> dict[str, Any]:
     """All keys with their values, the batch and the data as what they come to."""
@@ -105,7 +108,9 @@ class Checkpoints:
         self._comm = comm
         self._config = config
         self._identity = identity
-        self._code = {"versions": versions(), "commit": commit()} if writer or commits else {}
+        self._code: dict[str, Any] = {}
+        if writer or commits:
+            self._code = {"order_of_sums": _ORDER_OF_SUMS, "versions": versions(), "commit": commit()}
 
     def resume(self, state: RunState) -> None:
         """Load the checkpoint that ``run.resume`` asks for into ``state``; write the first one if the run has none.
@@ -173,6 +178,11 @@ class Checkpoints:
             found = committed if committed and committed.step > found.step else found
         if found:
             require_same_run(found, self._identity)
+            if decode_state(found.state).get("order_of_sums", 1) != _ORDER_OF_SUMS:
+                _warn(
+                    "a version that adds up in another order has begun this run: it goes on, and ends with other bits"
+                    " than the same run from its start"
+                )
             print(f"going on after step {found.step}", flush=True)
         Store(self._config.run.dir / CHECKPOINTS, 1).tidy(found.step if found else -1)
         return found

@@ -10,25 +10,24 @@ Every result is added up in one order, by itself: no other result, and no other 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import llvmlite.binding
-import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from job.networks.compiled import compiled
-
-AVAILABLE = not numba.config.DISABLE_JIT  # the inner loop is machine code and nothing else
+from job.networks.vectors import Code, body, copy_piece, pieces, raise_piece
 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 _VECTOR_BYTES = 64 if _WIDE else 32
-_VECTORS = 2  # of results side by side in a tile; its height fills the registers
-_HEIGHT, _TAPS = (10, 9) if _WIDE else (6, 5)
+_VECTORS = 2  # of results side by side in a tile; its height in channels fills the registers
+_HEIGHT = 10 if _WIDE else 6
+_CHANNELS, _TAPS = (3, 9) if _WIDE else (2, 5)  # of the weight's gradients in a tile, each a vector
+_AT_ONCE = 2**17  # numbers of images and gradients that lie side by side: some of the second-level cache
 
 
 class Packed(NamedTuple):
@@ -62,7 +61,7 @@ def forward(x: np.ndarray, weight: Packed, bias: np.ndarray, pad: tuple[int, int
         pad: rows and columns of zeros around an image.
         out: (n, channels out, height + 2 pad - kernel height + 1, likewise the width), which is filled.
     """
-    _forward(x, weight.weights, weight.kernel, bias, pad, out)
+    _forward(x, weight.weights, weight.kernel, bias, pad, out, _cut(x), _cut(out))
 
 
 def backward_data(dy: np.ndarray, turned: Packed, pad: tuple[int, int], dx: np.ndarray) -> None:
@@ -72,12 +71,13 @@ def backward_data(dy: np.ndarray, turned: Packed, pad: tuple[int, int], dx: np.n
     """
     height, width = turned.kernel
     around = (height - 1 - pad[0], width - 1 - pad[1])
-    _forward(dy, turned.weights, turned.kernel, np.zeros(dx.shape[1], dx.dtype), around, dx)
+    zeros = np.zeros(dx.shape[1], dx.dtype)
+    _forward(dy, turned.weights, turned.kernel, zeros, around, dx, _cut(dy), _cut(dx))
 
 
 def backward_weight(dy: np.ndarray, x: np.ndarray, pad: tuple[int, int], dweight: np.ndarray) -> None:
     """Fill ``dweight``, like the weight of :func:`forward`, from its ``x`` and the gradient ``dy`` of its ``out``."""
-    _backward_weight(dy, x, pad, dweight)
+    _backward_weight(dy, x, pad, dweight, _cut(x), _cut(dy))
 
 
 def backward_bias(dy: np.ndarray, dbias: np.ndarray) -> None:
@@ -85,89 +85,102 @@ def backward_bias(dy: np.ndarray, dbias: np.ndarray) -> None:
     _backward_bias(dy.reshape(*dy.shape[:2], -1), dbias)
 
 
-def _tile(height: int) -> Any:
-    """The inner loop: ``out[j, v] = sum over k of a[a_start + a_steps[k] + j_steps[j]] * b[b_start + b_steps[k] + v]``.
+def _cut(images: np.ndarray) -> tuple[tuple[None, ...], tuple[None, ...]]:
+    return pieces(images.shape[3])
 
-    For ``height`` j, and v of _VECTORS vectors: what is added up is held in registers. ``out`` is (height, anything),
-    and is written to from column ``out_start`` on.
+
+@intrinsic
+def _results_tile(_, weights, start, steps, image, at, image_steps, results, to):  # type: ignore[no-untyped-def]
+    """``results[j, to + v] = sum over k of weights[start + steps[k] + j] * image[at + image_steps[k] + v]``.
+
+    For _HEIGHT j, and v of _VECTORS vectors; ``results`` is (_HEIGHT, anything).
     """
 
-    @intrinsic
-    def tile(_, a, a_start, a_steps, j_steps, b, b_start, b_steps, out, out_start):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            number = context.get_data_type(signature.args[0].dtype)
-            lanes = _VECTOR_BYTES * 8 // signature.args[0].dtype.bitwidth
-            vector = ir.VectorType(number, lanes)
-            integer = ir.IntType(64)
-
-            def constant(value: int) -> ir.Constant:
-                return ir.Constant(integer, value)
-
-            def data(index: int) -> Any:
-                return make_array(signature.args[index])(context, builder, arguments[index])
-
-            def as_vector(pointer: Any) -> Any:
-                return builder.bitcast(pointer, vector.as_pointer())
-
-            def spread(scalar: Any) -> Any:
-                one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-                zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-                return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
-
-            first = builder.gep(data(0).data, [arguments[1]])
-            second = builder.gep(data(4).data, [arguments[5]])
-            steps, second_steps, target = data(2), data(6).data, data(7)
-            across = [builder.load(builder.gep(data(3).data, [constant(j)])) for j in range(height)]
-            sums = [
-                [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(_VECTORS)]
-                for _ in range(height)
+    def write(code: Code) -> None:
+        build, lanes = code.builder, _lanes(code)
+        sums = code.accumulators(_HEIGHT * _VECTORS, lanes)
+        with cgutils.for_range(build, build.extract_value(code.array(2).shape, 0)) as loop:
+            k, image_k = (build.load(code.pointer(index, loop.index)) for index in (2, 5))
+            columns = [
+                code.load(code.pointer(3, _total(build, code.arguments[4], image_k, code.integer(v * lanes))), lanes)
+                for v in range(_VECTORS)
             ]
-            for row in sums:
-                for place in row:
-                    builder.store(ir.Constant(vector, None), place)
-            with cgutils.for_range(builder, builder.extract_value(steps.shape, 0)) as loop:
-                a_k = builder.gep(first, [builder.load(builder.gep(steps.data, [loop.index]))])
-                b_k = builder.gep(second, [builder.load(builder.gep(second_steps, [loop.index]))])
-                columns = []
-                for v in range(_VECTORS):
-                    columns.append(builder.load(as_vector(builder.gep(b_k, [constant(v * lanes)])), align=4))
-                for row, step in zip(sums, across):
-                    scalar = spread(builder.load(builder.gep(a_k, [step])))
-                    for place, column in zip(row, columns):
-                        product = builder.fmul(scalar, column, flags=("contract",))
-                        builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
-            for j, row in enumerate(sums):
-                for v, place in enumerate(row):
-                    line = builder.mul(constant(j), builder.extract_value(target.shape, 1))
-                    place_out = builder.add(builder.add(line, arguments[8]), constant(v * lanes))
-                    builder.store(builder.load(place), as_vector(builder.gep(target.data, [place_out])), align=4)
-            return context.get_dummy_value()
+            first = build.add(code.arguments[1], k)
+            for j in range(_HEIGHT):
+                weight = code.spread(build.load(code.pointer(0, build.add(first, code.integer(j)))), lanes)
+                for place, column in zip(sums[j * _VECTORS :], columns):
+                    build.store(code.product_sum(weight, column, build.load(place)), place)
+        row = build.extract_value(code.array(6).shape, 1)
+        for number, place in enumerate(sums):
+            j, v = divmod(number, _VECTORS)
+            line = build.mul(code.integer(j), row)
+            code.store(
+                build.load(place), code.pointer(6, _total(build, line, code.arguments[7], code.integer(v * lanes)))
+            )
 
-        return types.void(a, types.intp, a_steps, j_steps, b, types.intp, b_steps, out, types.intp), generate
-
-    return tile
+    signature = types.void(weights, types.intp, steps, image, types.intp, image_steps, results, types.intp)
+    return signature, body(0, write)
 
 
-_results_tile = _tile(_HEIGHT)
-_weights_tile = _tile(_TAPS)
+@intrinsic
+def _weights_tile(_, dy, start, channel, image, at, steps, plane, images, length, sums):  # type: ignore[no-untyped-def]
+    """``sums[j, t]``, the sum over n and p of
+    ``dy[start + j * channel + n * length + p] * image[at + steps[t] + n * plane + p]``.
+
+    For _CHANNELS j, _TAPS t, the n of ``images``, and p of ``length``, which is a multiple of a vector. What is added
+    up is held in registers, a vector for each sum.
+    """
+
+    def write(code: Code) -> None:
+        build, lanes = code.builder, _lanes(code)
+        _, start, channel, _, at, _, plane, images, length, _ = code.arguments
+        places = code.accumulators(_CHANNELS * _TAPS, lanes)
+        steps = [build.load(code.pointer(5, code.integer(t))) for t in range(_TAPS)]
+        with cgutils.for_range(build, images) as n:
+            dy_n = build.add(start, build.mul(n.index, length))
+            image_n = build.add(at, build.mul(n.index, plane))
+            with cgutils.for_range_slice(build, code.integer(0), length, code.integer(lanes)) as (p, _):
+                gradients = [
+                    code.load(code.pointer(0, _total(build, dy_n, build.mul(code.integer(j), channel), p)), lanes)
+                    for j in range(_CHANNELS)
+                ]
+                for t, step in enumerate(steps):
+                    pixels = code.load(code.pointer(3, _total(build, image_n, step, p)), lanes)
+                    for place, gradient in zip(places[t::_TAPS], gradients):
+                        build.store(code.product_sum(gradient, pixels, build.load(place)), place)
+        for number, place in enumerate(places):
+            build.store(code.sum(build.load(place)), code.pointer(9, code.integer(number)))
+
+    signature = types.void(dy, *[types.intp] * 2, image, types.intp, steps, *[types.intp] * 3, sums)
+    return signature, body(0, write)
+
+
+def _lanes(code: Code) -> int:
+    return _VECTOR_BYTES * 8 // code.bits
+
+
+def _total(build: Any, *places: Any) -> Any:
+    return functools.reduce(build.add, places)
+
+
 _compiled = compiled(reorders_sums=False)
 
 
 @_compiled
-def _forward(x, packed, kernel, bias, pad, out):  # type: ignore[no-untyped-def]
+def _forward(x, packed, kernel, bias, pad, out, cut_in, cut_out):  # type: ignore[no-untyped-def]
     """A tile is ``_HEIGHT`` channels of results that lie one after the other in memory, over the ends of rows too."""
+    piece, rest = cut_out
     images, channels_in, height, width = x.shape
     _, channels, rows, columns = out.shape
     blocks, products, _ = packed.shape
     wide = width + 2 * pad[1]
-    plane = (height + 2 * pad[0]) * wide
+    plane, edge = (height + 2 * pad[0]) * wide, pad[0] * wide + pad[1]
     length = (rows - 1) * wide + columns
     step = _VECTORS * _VECTOR_BYTES // x.itemsize
     tiles = (length + step - 1) // step
     image = np.zeros(channels_in * plane + tiles * step, x.dtype)  # zeros around it, and behind it to read over the end
     weights = packed.ravel()
     weight_steps = np.arange(products) * _HEIGHT
-    across = np.arange(_HEIGHT)
     image_steps = np.empty(products, np.int64)
     k = 0
     for c in range(channels_in):
@@ -177,76 +190,76 @@ def _forward(x, packed, kernel, bias, pad, out):  # type: ignore[no-untyped-def]
                 k += 1
     results = np.empty((_HEIGHT, tiles * step), x.dtype)
     for n in range(images):
-        _frame(x[n], pad, image)
+        for c in range(channels_in):
+            _spread_rows(
+                x, (n * channels_in + c) * height * width, height, width, image, c * plane + edge, wide, cut_in
+            )
         for block in range(blocks):
+            start = block * products * _HEIGHT
             for t in range(tiles):
-                start = block * products * _HEIGHT
-                _results_tile(weights, start, weight_steps, across, image, t * step, image_steps, results, t * step)
+                _results_tile(weights, start, weight_steps, image, t * step, image_steps, results, t * step)
             for j in range(min(_HEIGHT, channels - block * _HEIGHT)):
                 channel = block * _HEIGHT + j
                 for row in range(rows):
-                    for column in range(columns):
-                        out[n, channel, row, column] = results[j, row * wide + column] + bias[channel]
+                    of, to = j * tiles * step + row * wide, ((n * channels + channel) * rows + row) * columns
+                    for _ in range(columns // len(piece)):
+                        raise_piece(piece, results, of, bias[channel], out, to)
+                        of, to = of + len(piece), to + len(piece)
+                    raise_piece(rest, results, of, bias[channel], out, to)
 
 
 @_compiled
-def _backward_weight(dy, x, pad, dweight):  # type: ignore[no-untyped-def]
-    """A tile is ``_TAPS`` places of the kernel, for some channels of results; images are added one by one."""
+def _backward_weight(dy, x, pad, dweight, cut_in, cut_out):  # type: ignore[no-untyped-def]
+    """A tile is ``_CHANNELS`` channels of results and ``_TAPS`` places of the kernel, over some images at once."""
     images, channels_in, height, width = x.shape
     _, channels, rows, columns = dy.shape
     _, _, kernel_height, kernel_width = dweight.shape
     wide = width + 2 * pad[1]
-    plane = (height + 2 * pad[0]) * wide
-    step = _VECTORS * _VECTOR_BYTES // x.itemsize
-    blocks = (channels + step - 1) // step
+    plane, edge = (height + 2 * pad[0]) * wide, pad[0] * wide + pad[1]
+    lanes = _VECTOR_BYTES // x.itemsize
+    length = (rows * wide + lanes - 1) // lanes * lanes  # of a channel of dy, with zeros up to the width of an image
+    blocks = (channels + _CHANNELS - 1) // _CHANNELS
     taps = kernel_height * kernel_width
-    image = np.zeros(channels_in * plane, x.dtype)
-    turned = np.zeros(rows * columns * blocks * step, x.dtype)  # dy with the channels last, and filled up
-    image_steps = np.empty(rows * columns, np.int64)
-    turned_steps = np.arange(rows * columns) * (blocks * step)
-    for row in range(rows):
-        for column in range(columns):
-            image_steps[row * columns + column] = row * wide + column
     groups = (taps + _TAPS - 1) // _TAPS
-    across = np.zeros((groups, _TAPS), np.int64)
+    steps = np.zeros((groups, _TAPS), np.int64)
     for tap in range(taps):
-        across[tap // _TAPS, tap % _TAPS] = tap // kernel_width * wide + tap % kernel_width
-    sums = np.zeros((blocks, channels_in, groups, _TAPS, step), x.dtype)
-    results = np.empty((_TAPS, step), x.dtype)
-    for n in range(images):
-        _frame(x[n], pad, image)
-        for row in range(rows):
-            for column in range(columns):
-                place = (row * columns + column) * blocks * step
-                for channel in range(channels):
-                    turned[place + channel] = dy[n, channel, row, column]
+        steps[tap // _TAPS, tap % _TAPS] = tap // kernel_width * wide + tap % kernel_width
+    some = max(1, min(images, _AT_ONCE // (channels_in * plane + blocks * _CHANNELS * length)))
+    image = np.zeros(channels_in * some * plane + length, x.dtype)  # and zeros to read over the end
+    gradients = np.zeros((blocks * _CHANNELS, some, length), x.dtype)
+    sums = np.empty((_CHANNELS, _TAPS), x.dtype)
+    dweight[:] = 0
+    for first in range(0, images, some):
+        now = min(some, images - first)
+        for n in range(now):
+            for c in range(channels_in):
+                of, to = ((first + n) * channels_in + c) * height * width, (c * some + n) * plane + edge
+                _spread_rows(x, of, height, width, image, to, wide, cut_in)
+            for channel in range(channels):
+                of, to = ((first + n) * channels + channel) * rows * columns, (channel * some + n) * length
+                _spread_rows(dy, of, rows, columns, gradients, to, wide, cut_out)
         for block in range(blocks):
+            start = block * _CHANNELS * some * length
             for c in range(channels_in):
                 for group in range(groups):
-                    _weights_tile(
-                        image, c * plane, image_steps, across[group], turned, block * step, turned_steps, results, 0
-                    )
-                    for i in range(_TAPS):
-                        for j in range(step):
-                            sums[block, c, group, i, j] += results[i, j]
-    for channel in range(channels):
-        for c in range(channels_in):
-            for tap in range(taps):
-                total = sums[channel // step, c, tap // _TAPS, tap % _TAPS, channel % step]
-                dweight[channel, c, tap // kernel_width, tap % kernel_width] = total
+                    at = c * some * plane
+                    _weights_tile(gradients, start, some * length, image, at, steps[group], plane, now, length, sums)
+                    for tap in range(group * _TAPS, min(taps, (group + 1) * _TAPS)):
+                        for j in range(min(_CHANNELS, channels - block * _CHANNELS)):
+                            of = sums[j, tap - group * _TAPS]
+                            dweight[block * _CHANNELS + j, c, tap // kernel_width, tap % kernel_width] += of
 
 
 @_compiled
-def _frame(x, pad, image):  # type: ignore[no-untyped-def]
-    """Copy an image (channels, height, width) into one with zeros around it."""
-    channels, height, width = x.shape
-    wide = width + 2 * pad[1]
-    plane = (height + 2 * pad[0]) * wide
-    for c in range(channels):
-        for i in range(height):
-            place = c * plane + (i + pad[0]) * wide + pad[1]
-            for j in range(width):
-                image[place + j] = x[c, i, j]
+def _spread_rows(source, start, rows, columns, target, to, step, cut):  # type: ignore[no-untyped-def]
+    """Copy ``rows`` rows that lie one after the other so that each begins ``step`` numbers behind the last one."""
+    piece, rest = cut
+    for row in range(rows):
+        of, at = start + row * columns, to + row * step
+        for _ in range(columns // len(piece)):
+            copy_piece(piece, source, of, target, at)
+            of, at = of + len(piece), at + len(piece)
+        copy_piece(rest, source, of, target, at)
 
 
 @compiled(reorders_sums=True)

@@ -15,15 +15,16 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from job.networks import windows
 from job.networks.compiled import compiled
 from job.networks.kernels import CpuPasses, Kept, Passes, PortablePasses, Vector, flat_shape, host_view
+from job.networks.vectors import AVAILABLE, LANES, pieces
+from job.networks.windows import NOWHERE
 
 Loop = Callable[..., None]
 
 RELU = "relu"
 RELU_MAX_POOL = "relu+max_pool"  # 2x2, stride 2; what does not fill a window is left out
-
-_NOWHERE = 4  # the gradient of a result that ReLU has set to 0; otherwise 2 * row + column within the window
 
 
 def passes_for(array: mx.nd.NDArray, tail: str = "") -> Passes:
@@ -35,7 +36,7 @@ def passes_for(array: mx.nd.NDArray, tail: str = "") -> Passes:
 
 def can_fuse(ctx: mx.Context, dtype: Any) -> bool:
     """Whether there are passes with a tail for arrays of that device and type."""
-    return bool(ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
+    return bool(AVAILABLE and ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
 
 
 class FusedPasses(CpuPasses):
@@ -67,6 +68,23 @@ class FusedPoolPasses(FusedPasses):
     def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         return super().moments(x.reshape(flat_shape(x.shape, 1)))
 
+    def affine(self, x: np.ndarray, *vectors_and_out: np.ndarray) -> Kept:
+        kept = np.empty(vectors_and_out[-1].shape, np.uint8)
+        self._affine(x, *vectors_and_out, kept, *_pieces(x))
+        return kept
+
+    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
+        sums, products = np.zeros((2, x.shape[1]))
+        self._products(dy, x, kept, center, sums, products, *_pieces(x))
+        return sums, products
+
+    def combine(self, dy: np.ndarray, x: np.ndarray, kept: Kept, *vectors_and_out: np.ndarray) -> None:
+        self._combine(dy, x, kept, *vectors_and_out, *_pieces(x))
+
+
+def _pieces(x: np.ndarray) -> tuple[tuple[None, ...], tuple[None, ...]]:
+    return pieces(x.shape[3] // 2)
+
 
 _compiled = compiled(reorders_sums=True)
 
@@ -80,7 +98,7 @@ def _affine_relu(x, center, scale, shift, out, kept):  # type: ignore[no-untyped
             center_c, scale_c, shift_c = center[c], scale[c], shift[c]
             for i in range(length):
                 y = (x[n, c, i] - center_c) * scale_c + shift_c
-                kept[n, c, i] = _NOWHERE if y <= zero else 0
+                kept[n, c, i] = NOWHERE if y <= zero else 0
                 out[n, c, i] = zero if y <= zero else y
 
 
@@ -112,63 +130,53 @@ def _combine_relu(dy, x, kept, center, a, b, c0, out):  # type: ignore[no-untype
 
 
 @_compiled
-def _affine_pool(x, center, scale, shift, out, kept):  # type: ignore[no-untyped-def]
-    rows, channels, height, width = out.shape
-    zero = x.dtype.type(0)
-    for n in range(rows):
-        for c in range(channels):
-            center_c, scale_c, shift_c = center[c], scale[c], shift[c]
-            for i in range(height):
-                upper, lower = x[n, c, 2 * i], x[n, c, 2 * i + 1]
-                for j in range(width):
-                    most, place = (upper[2 * j] - center_c) * scale_c + shift_c, 0
-                    y = (upper[2 * j + 1] - center_c) * scale_c + shift_c
-                    if y > most:
-                        most, place = y, 1
-                    y = (lower[2 * j] - center_c) * scale_c + shift_c
-                    if y > most:
-                        most, place = y, 2
-                    y = (lower[2 * j + 1] - center_c) * scale_c + shift_c
-                    if y > most:
-                        most, place = y, 3
-                    if most <= zero:
-                        most, place = zero, _NOWHERE
-                    out[n, c, i, j] = most
-                    kept[n, c, i, j] = place
+def _affine_pool(x, center, scale, shift, out, kept, piece, rest):  # type: ignore[no-untyped-def]
+    images, channels, height, width = x.shape
+    rows, columns = out.shape[2:]
+    for plane in range(images * channels):
+        c = plane % channels
+        for i in range(rows):
+            start, to = (plane * height + 2 * i) * width, (plane * rows + i) * columns
+            for _ in range(columns // len(piece)):
+                windows.affine(piece, x, start, width, center[c], scale[c], shift[c], out, kept, to)
+                start, to = start + 2 * len(piece), to + len(piece)
+            windows.affine(rest, x, start, width, center[c], scale[c], shift[c], out, kept, to)
 
 
 @_compiled
-def _products_pool(dy, x, kept, center, sums, products):  # type: ignore[no-untyped-def]
-    rows, channels, height, width = dy.shape
-    zero = x.dtype.type(0)
-    for n in range(rows):
-        for c in range(channels):
-            center_c, total, product = center[c], zero, zero
-            for i in range(height):
-                for j in range(width):
-                    place = kept[n, c, i, j]
-                    gradient = dy[n, c, i, j] if place < _NOWHERE else zero
-                    place &= 3
-                    total += gradient
-                    product += gradient * (x[n, c, 2 * i + (place >> 1), 2 * j + (place & 1)] - center_c)
-            sums[c] += total
-            products[c] += product
+def _products_pool(dy, x, kept, center, sums, products, piece, rest):  # type: ignore[no-untyped-def]
+    images, channels, height, width = x.shape
+    rows, columns = dy.shape[2:]
+    lanes = np.empty((2, LANES), x.dtype)
+    for plane in range(images * channels):
+        c = plane % channels
+        lanes[:] = 0
+        for i in range(rows):
+            start, at = (plane * height + 2 * i) * width, (plane * rows + i) * columns
+            for _ in range(columns // len(piece)):
+                windows.products(piece, x, start, width, center[c], dy, kept, at, lanes)
+                start, at = start + 2 * len(piece), at + len(piece)
+            windows.products(rest, x, start, width, center[c], dy, kept, at, lanes)
+        for lane in range(LANES):
+            sums[c] += lanes[0, lane]
+            products[c] += lanes[1, lane]
 
 
 @_compiled
-def _combine_pool(dy, x, kept, center, a, b, c0, out):  # type: ignore[no-untyped-def]
-    rows, channels, height, width = dy.shape
-    for n in range(rows):
-        for c in range(channels):
-            center_c, a_c, b_c, c_c = center[c], a[c], b[c], c0[c]
-            for h in range(x.shape[2]):  # all of it, the edge that no window holds too, while it is in the cache
-                for w in range(x.shape[3]):
-                    out[n, c, h, w] = b_c * (x[n, c, h, w] - center_c) + c_c
-            for i in range(height):
-                for j in range(width):
-                    place = kept[n, c, i, j]
-                    if place < _NOWHERE:
-                        out[n, c, 2 * i + (place >> 1), 2 * j + (place & 1)] += a_c * dy[n, c, i, j]
+def _combine_pool(dy, x, kept, center, a, b, c0, out, piece, rest):  # type: ignore[no-untyped-def]
+    images, channels, height, width = x.shape
+    rows, columns = dy.shape[2:]
+    for plane in range(images * channels):
+        n, c = divmod(plane, channels)
+        for i in range(rows):
+            start, at = (plane * height + 2 * i) * width, (plane * rows + i) * columns
+            for _ in range(columns // len(piece)):
+                windows.combine(piece, x, start, width, center[c], a[c], b[c], c0[c], dy, kept, at, out)
+                start, at = start + 2 * len(piece), at + len(piece)
+            windows.combine(rest, x, start, width, center[c], a[c], b[c], c0[c], dy, kept, at, out)
+        for h in range(height):  # the edge that no window holds
+            for w in range(2 * columns if h < 2 * rows else 0, width):
+                out[n, c, h, w] = b[c] * (x[n, c, h, w] - center[c]) + c0[c]
 
 
 _PLAIN, _PORTABLE = CpuPasses(), PortablePasses()

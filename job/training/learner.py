@@ -135,12 +135,14 @@ class Learner:
         objective = _objective(net, config.train.label_smoothing)
         own_loops = can_fuse(feed.ctx, feed.dtype)
         fuse = own_loops and config.model.fuse_batch_norm
-        direct = own_loops and config.model.direct_convolution and convolution.AVAILABLE
+        direct = own_loops and config.model.direct_convolution
         self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, fuse, direct)
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())
         self._sums = self._lay_out(shards)
+        gradients = [self._network.gradients[parameter.name] for parameter in self._trained]
+        self._by_size = sorted(zip(self._places, gradients), key=lambda pair: -len(pair[0]))
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
         decay = config.train.average_decay
@@ -283,12 +285,13 @@ class Learner:
 
     def _add(self, outcomes: list[list[mx.nd.NDArray]], global_batch: int) -> None:
         """Wait for the gradients of this rank's shards, and add them up."""
-        for parameter, place in zip(self._trained, self._places):
-            for gradient in self._network.gradients[parameter.name]:
-                self._sums.add(_GRADIENT, place.start, _values(gradient))
         for losses, correct in outcomes:
             self._sums.add(_LOSS, self._loss, _values(losses) / global_batch)
             self._sums.add(_CORRECT, self._correct, _values(correct))
+        # The largest first. They are those of dense layers, which are there while the convolutions are computed.
+        for place, gradients in self._by_size:
+            for gradient in gradients:
+                self._sums.add(_GRADIENT, place.start, _values(gradient))
 
     def _reduce(self, images: int) -> None:
         for norm, place in zip(self._network.graph.norms, self._moments):

@@ -13,6 +13,7 @@ from job.checkpoints import resume
 from job.checkpoints.resume import differences, identity
 from job.checkpoints.store import Store
 from job.config import Config, fields, load_config
+from job.distributed.comm import Comm
 from job.errors import CheckpointError, UsageError
 
 DIGESTS = {"train_images": "a", "train_labels": "b", "test_images": "c", "test_labels": "d"}
@@ -147,3 +148,17 @@ def test_the_refusal_of_another_run_gives_the_option_that_goes_on_all_the_same(t
         resume.check(config(tmp_path, *asked), 2)
     (option,) = re.findall(r"add (run\.resume_ignoring=\S+) to go on", str(caught.value))
     resume.check(config(tmp_path, *asked, option), 2)
+
+
+def test_a_run_begun_by_a_version_that_adds_up_in_another_order_goes_on_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warnings(state: dict[str, Any]) -> str:
+        store = Store(tmp_path / "checkpoints", 5)
+        store.write(7, {}, {"config": of(), "parts": {}, **state})
+        with resume.open_checkpoints(config(tmp_path, "run.resume=auto"), Comm(), DIGESTS) as checkpoints:
+            checkpoints._choose()
+        return capsys.readouterr().err
+
+    assert "adds up in another order has begun this run" in warnings({})
+    assert warnings({"order_of_sums": resume._ORDER_OF_SUMS}) == ""

@@ -33,6 +33,7 @@ CASES = {
     "the tutorial's second": Case(5, 20, (12, 12), 50, (3, 3)),
     "padded": Case(3, 3, (9, 9), 13, (3, 3), (1, 1)),
     "uneven": Case(2, 5, (7, 31), 7, (2, 4), (1, 0)),
+    "long rows, and more images than lie side by side": Case(40, 2, (20, 40), 17, (3, 3)),
     "one number": Case(1, 1, (1, 1), 1, (1, 1)),
     "as large as the image": Case(2, 3, (6, 4), 33, (6, 4)),
     "more rows of zeros than of pixels": Case(2, 2, (1, 2), 3, (3, 3), (2, 2)),

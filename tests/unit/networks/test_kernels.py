@@ -108,7 +108,7 @@ def test_the_cpu_takes_the_compiled_passes_for_float32() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("tail", [RELU, RELU_MAX_POOL])
-@pytest.mark.parametrize("shape", [(4, 3, 6, 8), (3, 5, 7, 9), (2, 16, 2, 2), (1, 1, 5, 3)])
+@pytest.mark.parametrize("shape", [(4, 3, 6, 8), (3, 5, 7, 9), (2, 16, 2, 2), (1, 1, 5, 3), (2, 3, 4, 71)])
 def test_a_tail_gives_what_mxnets_operators_give_one_after_the_other(
     shape: tuple[int, ...], tail: str, dtype: str
 ) -> None:
