@@ -8,24 +8,31 @@ from mxnet.gluon import nn
 
 
 def compact(
-    classes: int, widths: Sequence[int] = (32, 64, 128), hidden: int = 256, dropout: float = 0.3
+    classes: int,
+    widths: Sequence[int] = (32, 64, 128),
+    depths: Sequence[int] = (1, 2, 2),
+    hidden: int = 256,
+    dropout: float = 0.3,
 ) -> nn.HybridSequential:
-    """Convolutions, each with BatchNorm, ReLU and 2x2 max pooling, and a dense layer with BatchNorm.
+    """Stages of convolutions with BatchNorm and ReLU, each with 2x2 max pooling at its end, and a dense layer.
 
     The shapes are those of an image of 28x28, without the batch axis. Most of the arithmetic is where an operator is
-    fast: with 32 channels and more, and each BatchNorm is one operator with the ReLU and the pooling behind it.
+    fast: with 32 channels and more, and each BatchNorm is one operator with what is behind it.
 
     Args:
         classes: how many there are to tell apart.
-        widths: the channels of the convolutions, the first of 5x5 and the others of 3x3. Each halves the image.
+        widths: the channels of each stage. The first has convolutions of 5x5, the others of 3x3.
+        depths: how many convolutions each stage has.
         hidden: units of the dense layer.
         dropout: of what it reads.
     """
     net = nn.HybridSequential()
-    for place, width in enumerate(widths):
-        kernel = 3 if place else 5
-        net.add(nn.Conv2D(width, kernel, padding=kernel // 2, use_bias=False))  # 32x28x28, 64x14x14, 128x7x7
-        net.add(nn.BatchNorm(), nn.Activation("relu"), nn.MaxPool2D(2, 2))  # 32x14x14, 64x7x7, 128x3x3
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        kernel = 3 if stage else 5
+        for _ in range(depth):
+            net.add(nn.Conv2D(width, kernel, padding=kernel // 2, use_bias=False))  # 32x28x28, 64x14x14, 128x7x7
+            net.add(nn.BatchNorm(), nn.Activation("relu"))
+        net.add(nn.MaxPool2D(2, 2))  # 32x14x14, 64x7x7, 128x3x3
     net.add(nn.Flatten(), nn.Dropout(dropout))  # 1152
     net.add(nn.Dense(hidden, use_bias=False), nn.BatchNorm(), nn.Activation("relu"), nn.Dense(classes))
     return net
