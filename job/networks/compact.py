@@ -9,8 +9,7 @@ from mxnet.gluon import nn
 
 def compact(
     classes: int,
-    widths: Sequence[int] = (32, 64, 128),
-    depths: Sequence[int] = (1, 2, 2),
+    stages: Sequence[Sequence[int]] = ((32,), (64, 64), (128, 128)),
     hidden: int = 256,
     dropout: float = 0.3,
 ) -> nn.HybridSequential:
@@ -21,15 +20,14 @@ def compact(
 
     Args:
         classes: how many there are to tell apart.
-        widths: the channels of each stage. The first has convolutions of 5x5, the others of 3x3.
-        depths: how many convolutions each stage has.
+        stages: the channels of each convolution of each stage. Those of the first stage are of 5x5, the others of 3x3.
         hidden: units of the dense layer.
         dropout: of what it reads.
     """
     net = nn.HybridSequential()
-    for stage, (width, depth) in enumerate(zip(widths, depths)):
-        kernel = 3 if stage else 5
-        for _ in range(depth):
+    for number, stage in enumerate(stages):
+        kernel = 3 if number else 5
+        for width in stage:
             net.add(nn.Conv2D(width, kernel, padding=kernel // 2, use_bias=False))  # 32x28x28, 64x14x14, 128x7x7
             net.add(nn.BatchNorm(), nn.Activation("relu"))
         net.add(nn.MaxPool2D(2, 2))  # 32x14x14, 64x7x7, 128x3x3

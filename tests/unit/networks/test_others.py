@@ -150,15 +150,15 @@ def test_weights_are_drawn_as_he_et_al_do() -> None:
 
 
 def test_the_compact_network_is_made_of_operators_that_are_fused() -> None:
-    net = others.build(ModelConfig(name="compact", options={"widths": [4, 6], "hidden": 8}), 7, (1, 28, 28))
+    net = others.build(ModelConfig(name="compact", options={"stages": [[4], [6, 6]], "hidden": 8}), 7, (1, 28, 28))
     models.initialize(net, mx.cpu())
     shapes = {place: parameter.shape for place, parameter in net._collect_params_with_prefix().items()}
     assert shapes["0.weight"] == (4, 1, 5, 5) and shapes["4.weight"] == (6, 4, 3, 3)
-    assert shapes["10.weight"] == (8, 6 * 7 * 7) and shapes["13.weight"] == (7, 8)
+    assert shapes["13.weight"] == (8, 6 * 7 * 7) and shapes["16.weight"] == (7, 8)
     assert net(mx.nd.zeros((3, 1, 28, 28))).shape == (3, 7)
     graph = json.loads(write_sharded(net(mx.sym.var("data")), 2, Group(Comm(), range(2), 2), fuse=True).symbol.tojson())
     custom = [node["attrs"]["tail"] for node in graph["nodes"] if node["op"] == "Custom"]
-    assert custom == [RELU_MAX_POOL, RELU_MAX_POOL, RELU]
+    assert custom == [RELU_MAX_POOL, RELU, RELU_MAX_POOL, RELU]
 
 
 def test_the_best_recipe_is_a_configuration_that_can_start() -> None:
