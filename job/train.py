@@ -60,6 +60,7 @@ def open_data(config: Config, comm: Comm) -> tuple[Dataset, Sampler, Config]:
     with comm.guard("waiting for every node to have the data", config.data.lock_timeout_seconds):
         dataset = formats.load(config.data)
         conditions = comm.gather_text(preflight.conditions(), "data")  # by which all have it
+        preflight.require_same_data(comm.gather_text(" ".join(dataset.digests.values()), "digests of the data"))
     if comm.rank == 0:
         preflight.tell(preflight.compare(conditions))
         print(formats.summary(config.data, dataset), end="", flush=True)

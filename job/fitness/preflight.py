@@ -71,6 +71,23 @@ def compare(found: Sequence[str]) -> list[Check]:
     ]
 
 
+def require_same_data(found: Sequence[str]) -> None:
+    """Refuse to train on several data sets at once.
+
+    Args:
+        found: what each rank's data is, in their order.
+
+    Raises:
+        UsageError: ranks have other data than rank 0.
+    """
+    others = [str(rank) for rank, own in enumerate(found) if own != found[0]]
+    if others:
+        raise UsageError(
+            f"data.dir: rank{'s' * (len(others) > 1)} {', '.join(others)} and rank 0 have different data, under the"
+            " same name on their nodes: bring the same files to every node"
+        )
+
+
 def tell(warnings: list[Check]) -> None:
     """Say what :func:`check` found, on stderr."""
     for warning in warnings:

@@ -17,7 +17,9 @@ from job.config import load_config
 from job.data import idx
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
+from job.errors import UsageError
 from job.networks import models
+from tests import synthetic
 from tests.parallel.conftest import environment, launcher
 from tests.parallel.runs import records, run
 
@@ -35,6 +37,15 @@ def losses_and_weights(comm: Comm, run_dir: str, overrides: list[str]) -> tuple[
 
 def weights_of(net: gluon.Block) -> Weights:
     return [parameter.data().asnumpy() for parameter in net._collect_params_with_prefix().values()]
+
+
+def with_own_data(comm: Comm, folder: str) -> str:
+    """Begin to train, each rank on the data of its own folder; what came of it."""
+    try:
+        run(comm, f"{folder}/run", [f"data.dir={folder}/{comm.rank}", "data.format=folder", "train.max_steps=1"])
+    except UsageError as error:
+        return str(error)
+    return "trained"
 
 
 def one_process(overrides: list[str], steps: int, dtype: str | None = None) -> tuple[Losses, Weights]:
@@ -197,3 +208,12 @@ def test_an_error_on_one_rank_ends_the_job_with_exit_1_and_names_the_rank(
     assert done.returncode == 1
     assert "error: rank 1: " in output and "the disk is on fire" in output
     assert ("Traceback" in output.split("disk is on fire")[0]) == error.startswith("Zero")
+
+
+def test_ranks_whose_nodes_have_other_data_under_the_same_name_are_refused(run_ranks: Any, tmp_path: Path) -> None:
+    for rank in range(3):
+        synthetic.write_pictures(tmp_path / str(rank), 24, 6)
+    picture = next((tmp_path / "2" / "train" / "red").glob("*.png"))
+    picture.rename(picture.with_name("another.png"))
+    told = run_ranks(with_own_data, 3, folder=str(tmp_path))
+    assert told[0].startswith("data.dir: rank 2 and rank 0 have different data") and set(told) == {told[0]}
