@@ -1,8 +1,9 @@
 """What input and augmentation cost of a step: ``python -m benchmarks.augmentation``, about a minute.
 
 Steps of the tutorial's network on one rank, with each kind of augmentation, without any, and with a batch that is at
-hand, in turns in one process, so that whatever else the machine does meets them all. What counts is the ratio (:mod:`benchmarks.intervals`). Beside it
-the time of the pass over a batch itself, which is too short to be seen in the steps of a machine that is not quiet.
+hand, in turns in one process, so that whatever else the machine does meets them all. What counts is the ratio
+(:mod:`benchmarks.intervals`). Beside it the time of the pass over a batch itself, which is too short to be seen in the
+steps of a machine that is not quiet.
 """
 
 from __future__ import annotations
