@@ -40,6 +40,12 @@ class Change(NamedTuple):
     replayed_steps: int
     lost_seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks_before} ranks, then {self.ranks}: {self.why}; {self.replayed_steps} steps computed again,"
+            f" {self.lost_seconds:g} s lost"
+        )
+
 
 @dataclass(frozen=True)
 class History:
@@ -124,11 +130,12 @@ def _read_run(folder: Path, name: str) -> History:
         raise UsageError(f"{folder / METRICS}: holds no record yet; wait for the run's first ones")
     data = _mapping(folder / DATASET, json.loads)
     config = dict(_flat(_mapping(folder / CONFIG, yaml.safe_load)))
-    changes = list(_changes(folder / CHANGES, notes))
+    changes = list(read_changes(folder / CHANGES, notes))
     return History(name, records, config, _mapping(folder / SUMMARY, json.loads), notes, data, changes)
 
 
-def _changes(file: Path, notes: list[str]) -> Iterator[Change]:
+def read_changes(file: Path, notes: list[str]) -> Iterator[Change]:
+    """The lines of changes.jsonl; ``notes`` gets a sentence for each that is none."""
     for number, line in enumerate(_text(file).splitlines() if file.exists() else (), 1):
         try:
             yield Change(**json.loads(line))

@@ -26,7 +26,9 @@ from job.data.dataset import FASHION_MNIST, Dataset, Split
 from job.fitness.facts import commit, versions
 from job.monitoring import pictures
 from job.monitoring.graph import graph_of
+from job.monitoring.history import read_changes
 from job.monitoring.records import Record, Writer
+from job.run_dir import CHANGES
 from job.training.evaluation import Mistake
 from job.training.learner import Learner
 
@@ -84,6 +86,8 @@ class TensorBoard(Writer):
         # A name of its own: the default one is that of any other file made within the same second, and replaces it.
         suffix = f".{time.time_ns()}"
         self._folder = folder
+        self._last_step = last_step
+        self._changes_told = 0
         # TensorBoard takes the first mark of a start for the beginning, and forgets steps only from the second on.
         purge_step = last_step + 1 if goes_on else 0
         with _a_queue_within_the_process():
@@ -112,7 +116,15 @@ class TensorBoard(Writer):
             self._draw(record, splits[record["split"]], step)
             if record["split"] == next(iter(splits)):
                 self._add_histograms(self._subject.learner, step)
+        self._tell_changes()
         self._writer.flush()  # it would keep the last two minutes to itself, and lose them with the process
+
+    def _tell_changes(self) -> None:
+        """A text for each time that other ranks went on, which the launcher notes after their first step."""
+        changes = [one for one in read_changes(self._folder.parent / CHANGES, []) if one.step >= self._last_step]
+        for change in changes[self._changes_told :]:
+            self._writer.add_text("changes", str(change), change.step)
+        self._changes_told = len(changes)
 
     def finish(self, summary: Record) -> None:
         if self._subject:

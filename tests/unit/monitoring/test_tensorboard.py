@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing.synchronize
 import os
 import time
@@ -411,3 +412,23 @@ def test_a_validation_has_curves_and_pictures_of_its_own_beside_those_of_the_tes
     assert len(events.Scalars("accuracy_by_class/Trouser")) == 1
     assert {"validation/confusion_matrix", "test/confusion_matrix"} <= {*events.Tags()["images"]}
     assert all(len(events.Histograms(tag)) == 1 for tag in events.Tags()["histograms"])
+
+
+def test_each_change_of_ranks_since_the_run_went_on_is_told_once_and_says_why(tmp_path: Path) -> None:
+    def change(step: int, why: str) -> str:
+        noted = {"step": step, "ranks_before": 3, "ranks": 2, "why": why, "replayed_steps": 4, "lost_seconds": 1.5}
+        return json.dumps(noted) + "\n"
+
+    (tmp_path / "changes.jsonl").write_text(change(5, "long ago"))
+    writer = TensorBoard(tmp_path / "tensorboard", 20)
+    for step in (30, 40):
+        with open(tmp_path / "changes.jsonl", "a") as stream:
+            stream.write(change(step - 10, f"rank {step} died"))
+        writer.write({**TRAIN, "step": step})
+    writer.close()
+    told = read(tmp_path / "tensorboard").Tensors("changes/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in told]
+    assert [event.step for event in told] == [20, 30]
+    assert (
+        texts[0] == "3 ranks, then 2: rank 30 died; 4 steps computed again, 1.5 s lost" and "rank 40 died" in texts[1]
+    )
