@@ -46,7 +46,7 @@ class Comm:
         return f"{prefix}.{next(self._numbers)}"
 
     def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
-        """Replace each array by its sum over all ranks. Asynchronous, as all MXNet operators are."""
+        """Replace each array, where it is, by its sum over all ranks. Asynchronous, as all MXNet operators are."""
 
     def broadcast_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
         """Replace each array by that of rank 0. Asynchronous."""
@@ -60,7 +60,7 @@ class Comm:
         return values
 
     def subset(self, ranks: Sequence[int]) -> Comm:
-        """A communicator, only for :meth:`sum`, of some of the ranks. All call this, in the same order."""
+        """A communicator of some of the ranks, for :meth:`sum` and :meth:`allreduce_`. All call this, in one order."""
         return self
 
     def gather_text(self, text: str, name: str) -> list[str]:
@@ -139,11 +139,12 @@ class HorovodComm(Comm):
                 for peer in self.gather_text(f"{host}:{port}", "addresses")
             ]
 
-    def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
+    def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str, process_set: Any = None) -> None:
         # One group: which gradients Horovod would otherwise fuse depends on timing, and with it the order of summation
         # and the last bits of the result.
-        self._entered += 1
-        self._hvd.grouped_allreduce_(list(arrays), average=False, name=name, **self._options)
+        options = {"process_set": process_set} if process_set else self._options
+        self._entered += not process_set  # of those that all ranks enter
+        self._hvd.grouped_allreduce_(list(arrays), average=False, name=name, **options)
 
     def broadcast_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
         # As a sum with zeros: one collective for all arrays. Horovod's broadcasts, one an array, have crashed with a
@@ -177,7 +178,7 @@ class HorovodComm(Comm):
     def sum(self, values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
         options = {"process_set": process_set} if process_set else self._options
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
-            total = mx.nd.array(values, dtype="float64")
+            total = mx.nd.array(values, ctx=mx.cpu(), dtype="float64")  # inside an operator the default is its device
             self._entered += not process_set  # of those that all ranks enter
             started = time.perf_counter()
             self._hvd.allreduce_(total, average=False, name=name, **options)
@@ -212,11 +213,14 @@ class HorovodComm(Comm):
 
 
 class _Subset(Comm):
-    """Some of the ranks. Of a rank that is not among them it is never asked anything."""
+    """Some of the ranks, for sums. Of a rank that is not among them it is never asked anything."""
 
     def __init__(self, whole: HorovodComm, process_set: Any) -> None:
         super().__init__()
         self._whole, self._process_set = whole, process_set
+
+    def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
+        self._whole.allreduce_(arrays, name, self._process_set)
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
         return self._whole.sum(values, name, self._process_set)

@@ -17,6 +17,10 @@ backward  likewise with the rows (sum dy, sum dy (x - mean)):
 So no number depends on how many ranks there are, or on who computes which shard. dgamma and dbeta stay those of a
 shard because whoever trains sums them like every other gradient.
 
+Two classes compute this. :class:`_HostOp`, for the CPU, does it at once, in numpy and compiled loops, and waits for the
+other ranks in between. :class:`job.networks.queued_batch_norm.QueuedOp`, for GPUs, queues all of it on the device.
+:meth:`_SyncBatchNormProp.create_operator` takes one of them.
+
 Sources: Ioffe and Szegedy, "Batch normalization", 2015, for the gradient; Chan, Golub and LeVeque, 1979, for the merge.
 """
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import mxnet as mx
@@ -32,9 +37,11 @@ import numpy as np
 
 from job.distributed.comm import Comm
 from job.errors import PeerLostError
-from job.networks.fused import RELU_MAX_POOL, passes_for
+from job.networks.fused import RELU, RELU_MAX_POOL, can_fuse, passes_for
 from job.networks.kernels import Kept, Passes
 from job.networks.operators import side_by_side, write
+from job.networks.queued_batch_norm import Fill, QueuedOp
+from job.networks.queued_passes import Options, queued_passes
 
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
 # outlive whoever made it.
@@ -62,7 +69,7 @@ class Group:
         self.whole = size is None or size >= shards  # whether the statistics are those of all shards
         self.unbiased = unbiased
         self.key = f"{comm.fresh_name('batch_norm')}.{id(self)}"
-        self.moments: dict[str, list[np.ndarray]] = {}  # by layer: of each forward (own, 2, channels), if not whole
+        self.moments: dict[str, list[Sequence[Any]]] = {}  # by layer: of each forward and shard (2, C), if not whole
         self.unanswered: dict[str, set[int]] = {}  # by layer: numbers of the forwards whose backward is still to come
         self._name = self.key.rpartition(".")[0]  # the same on all ranks
         self._sharing = [(range(shards), comm)] if self.whole else _sharing(comm, own, shards, size or shards)
@@ -77,14 +84,12 @@ class Group:
         Waits for the other ranks. NaN if one has failed.
         """
         result = np.empty_like(rows)
-        for sharing, comm in self._sharing:
+        for sharing, here, comm, name in self._parts(name):
             table = np.zeros((len(sharing), rows.shape[1]))
-            here = range(max(sharing.start, self.own.start), min(sharing.stop, self.own.stop))
             mine = slice(here.start - self.own.start, here.stop - self.own.start)
             table[here.start - sharing.start : here.stop - sharing.start] = rows[mine]
             try:
-                of_group = "" if self.whole else f".{sharing.start}"
-                table = comm.sum(table, f"{self._name}.{name}{of_group}")
+                table = comm.sum(table, name)
             except PeerLostError:
                 # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
                 # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
@@ -92,6 +97,44 @@ class Group:
             # One after the other: numpy's own sum would be as exact, but in an order that it does not promise.
             result[mine] = functools.reduce(np.add, table)
         return result
+
+    def queue_totals(self, name: str, width: int, ctx: mx.Context, fill: Fill) -> list[mx.nd.NDArray]:
+        """For each of this rank's shards the table that concerns it, (shards, width) in float64 on the device.
+
+        Shards that share statistics have one table. ``fill(k, row)`` queues what writes the row of own shard k. Nothing
+        waits; if a rank has failed, whoever waits for what is computed from a table is told.
+        """
+        tables: list[mx.nd.NDArray] = []
+        for sharing, here, comm, name in self._parts(name):
+            table = mx.nd.zeros((len(sharing), width), ctx, np.float64)
+            for shard in here:
+                fill(shard - self.own.start, table[shard - sharing.start])
+            comm.allreduce_([table], name)
+            tables += [table] * len(here)
+        return tables
+
+    def take_moments(self, layer: str) -> list[list[np.ndarray]]:
+        """Of each forward since the last call, if statistics are not :attr:`whole`: of each own shard (2, channels)."""
+        forwards = self.moments.pop(layer)
+        return [[v.asnumpy() if isinstance(v, mx.nd.NDArray) else v for v in shards] for shards in forwards]
+
+    def number_backward(self, layer: str) -> int:
+        """A number for the backward of the forward that calls this, which then is in :attr:`unanswered`.
+
+        The backwards of a layer that is used twice may run side by side, and each needs a name for its allreduce that
+        is the same on all ranks. Forward writes the running statistics, so MXNet's engine runs the forwards of a layer
+        one by one in the program's order, and never beside a backward: the smallest free number is the same.
+        """
+        unanswered = self.unanswered.setdefault(layer, set())
+        number = next(index for index in range(len(unanswered) + 1) if index not in unanswered)
+        unanswered.add(number)
+        return number
+
+    def _parts(self, name: str) -> Iterator[tuple[range, range, Comm, str]]:
+        """Shards that share statistics, those of them that are this rank's, and who sums their table by which name."""
+        for sharing, comm in self._sharing:
+            here = range(max(sharing.start, self.own.start), min(sharing.stop, self.own.stop))
+            yield sharing, here, comm, f"{self._name}.{name}" + ("" if self.whole else f".{sharing.start}")
 
 
 def _sharing(comm: Comm, own: range, shards: int, size: int) -> list[tuple[range, Comm]]:
@@ -107,6 +150,14 @@ def _sharing(comm: Comm, own: range, shards: int, size: int) -> list[tuple[range
         if comm.rank in ranks:
             found.append((sharing, subset))
     return found
+
+
+def tails_for(ctx: mx.Context, dtype: Any) -> Sequence[str]:
+    """What the operator can do behind BatchNorm in the same passes, on that device and for that type."""
+    passes = queued_passes(ctx, dtype)
+    if passes is not None:
+        return passes.tails
+    return (RELU, RELU_MAX_POOL) if can_fuse(ctx, dtype) else ()
 
 
 @mx.operator.register("sync_batch_norm")
@@ -165,10 +216,14 @@ class _SyncBatchNormProp(mx.operator.CustomOpProp):
         # Not gamma: backward may run after the trainer's update of it has been queued, and must use the old one.
         return [*out_grad, *in_data[: self._shards]]
 
-    def create_operator(self, ctx: str, in_shapes: Any, in_dtypes: Any) -> mx.operator.CustomOp:
-        # MXNet's numbers of types, whatever its documentation says.
-        dtype = np.float64 if in_dtypes[0] == mx.nd.ndarray._DTYPE_NP_TO_MX[np.float64] else np.float32
-        return _SyncBatchNormOp(*self._options, self._fix_gamma, self._tail, dtype)
+    def create_operator(self, ctx: mx.Context, in_shapes: Any, in_dtypes: Any) -> mx.operator.CustomOp:
+        group, layer, shards, axis, eps, momentum = self._options
+        dtype = mx.nd.ndarray._DTYPE_MX_TO_NP[in_dtypes[0]]  # MXNet's numbers of types, whatever its documentation says
+        passes = queued_passes(ctx, dtype)
+        if passes is None:
+            return _HostOp(group, layer, shards, axis, eps, momentum, self._fix_gamma, self._tail, dtype)
+        options = Options(eps, momentum, self._fix_gamma, group.unbiased, group.whole, self._tail == RELU)
+        return QueuedOp(group, layer, shards, axis, options, passes)
 
 
 class _Statistics(NamedTuple):
@@ -182,8 +237,8 @@ class _Statistics(NamedTuple):
     scale: np.ndarray
 
 
-class _SyncBatchNormOp(mx.operator.CustomOp):
-    """One use of a layer in a forward pass, and its backward."""
+class _HostOp(mx.operator.CustomOp):
+    """One use of a layer in a forward pass, and its backward, on the CPU."""
 
     def __init__(
         self,
@@ -207,7 +262,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
 
     def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
         n = self._shards
-        passes = passes_for(in_data[0], self._tail)
+        passes = passes_for(self._tail)
         xs, ys = ([passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_data))
         gamma, beta = passes.read(in_data[n]), passes.read(in_data[2 * n])
         if self._fix_gamma:
@@ -218,7 +273,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
             totals = self._group.total(f"{self._layer}.forward", rows)
             saved = self._statistics(totals[:1] if self._group.whole else totals, gamma)
             self._update_running(passes, saved, aux)
-            self._number_backward()
+            self._answer = self._group.number_backward(self._layer)
         else:
             saved = self._given_statistics(passes, aux, gamma)
             self._answer = None
@@ -247,7 +302,7 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
     ) -> None:
         n, saved, kept = self._shards, self._saved, self._kept
         assert saved is not None, "MXNet runs a backward after its forward"
-        passes = passes_for(in_data[0], self._tail)
+        passes = passes_for(self._tail)
         xs, dys, dxs = (
             [passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_grad, in_grad[:n])
         )
@@ -303,14 +358,6 @@ class _SyncBatchNormOp(mx.operator.CustomOp):
             return
         for running, values in zip(aux, (saved.mean, var)):
             passes.write(running, self._momentum * passes.read(running) + (1 - self._momentum) * values[0])
-
-    def _number_backward(self) -> None:
-        # The backwards of a layer that is used twice may run side by side, and each needs a name for its allreduce that
-        # is the same on all ranks. Forward writes the running statistics, so MXNet's engine runs the forwards of a
-        # layer one by one in the program's order, and never beside a backward: the smallest free number is the same.
-        unanswered = self._group.unanswered.setdefault(self._layer, set())
-        self._answer = next(index for index in range(len(unanswered) + 1) if index not in unanswered)
-        unanswered.add(self._answer)
 
 
 def _row(x: Any, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from job.networks import windows
 from job.networks.compiled import compiled
-from job.networks.kernels import CpuPasses, Kept, Passes, PortablePasses, Vector, flat_shape, host_view
+from job.networks.kernels import CpuPasses, Kept, Passes, Vector, flat_shape, host_view
 from job.networks.vectors import AVAILABLE, LANES, pieces
 from job.networks.windows import NOWHERE
 
@@ -27,16 +27,19 @@ RELU = "relu"
 RELU_MAX_POOL = "relu+max_pool"  # 2x2, stride 2; what does not fill a window is left out
 
 
-def passes_for(array: mx.nd.NDArray, tail: str = "") -> Passes:
-    """The fastest passes for the array's device and type; with a ``tail``, for what follows BatchNorm as well."""
-    if tail:
-        return _FUSED[tail]
-    return _PLAIN if can_fuse(array.context, array.dtype) else _PORTABLE
+def passes_for(tail: str = "") -> Passes:
+    """Those of BatchNorm; with a ``tail``, of what follows it as well."""
+    return _PASSES[tail]
+
+
+def has_loops(ctx: mx.Context, dtype: Any) -> bool:
+    """Whether there are compiled loops for arrays of that device and type."""
+    return bool(ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
 
 
 def can_fuse(ctx: mx.Context, dtype: Any) -> bool:
-    """Whether there are passes with a tail for arrays of that device and type."""
-    return bool(AVAILABLE and ctx.device_type == "cpu" and np.dtype(dtype) != np.float16)
+    """Whether there are passes with a tail among them."""
+    return bool(AVAILABLE and has_loops(ctx, dtype))
 
 
 class FusedPasses(CpuPasses):
@@ -179,8 +182,8 @@ def _combine_pool(dy, x, kept, center, a, b, c0, out, piece, rest):  # type: ign
                 out[n, c, h, w] = b[c] * (x[n, c, h, w] - center[c]) + c0[c]
 
 
-_PLAIN, _PORTABLE = CpuPasses(), PortablePasses()
-_FUSED = {
+_PASSES: dict[str, Passes] = {
+    "": CpuPasses(),
     RELU: FusedPasses(_affine_relu, _products_relu, _combine_relu),
     RELU_MAX_POOL: FusedPoolPasses(_affine_pool, _products_pool, _combine_pool),
 }

@@ -1,9 +1,9 @@
-"""The passes of BatchNorm over whole arrays, which are its cost; what is left has the size of a channel vector.
+"""The passes of BatchNorm over whole arrays on the CPU, which are its cost; the rest has the size of a channel vector.
 
-Every array has the shape (N, C, S): all axes before the channel axis, the channels, all axes after it. Two classes do
-the same: :class:`PortablePasses` with MXNet operators on any device, :class:`CpuPasses` with compiled loops over the
-arrays' own memory; :mod:`job.networks.fused` has passes that do what follows a BatchNorm as well. Per-channel vectors
-(C,) go in as numpy arrays of the type that is computed in, and come out as float64.
+Every array has the shape (N, C, S): all axes before the channel axis, the channels, all axes after it.
+:class:`CpuPasses` does them in compiled loops over the arrays' own memory; :mod:`job.networks.fused` has passes that do
+what follows a BatchNorm as well. Per-channel vectors (C,) go in as numpy arrays of the type that is computed in, and
+come out as float64. What a GPU does instead: :mod:`job.networks.queued_passes`.
 
 The passes subtract a ``center`` (C,) before they multiply, in the arrays' own precision: with values around 1e4, x * a
 + b would round away what (x - center) * a + b keeps.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, Optional, Protocol
+from typing import Optional, Protocol
 
 import mxnet as mx
 import numpy as np
@@ -25,9 +25,9 @@ Kept = Optional[np.ndarray]
 
 
 class Passes(Protocol):
-    """What the operator of BatchNorm needs of a device. ``Any`` is an array as :meth:`view` returns it."""
+    """What the operator of BatchNorm needs. Arrays are as :meth:`view` returns them."""
 
-    def view(self, array: mx.nd.NDArray, axis: int) -> Any:
+    def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
         """The memory of an array whose channels are on ``axis``, as the passes take it: (N, C, S)."""
 
     def read(self, array: mx.nd.NDArray) -> Vector:
@@ -36,77 +36,27 @@ class Passes(Protocol):
     def write(self, array: mx.nd.NDArray, values: Vector) -> None:
         """Fill the array."""
 
-    def moments(self, x: Any) -> tuple[Vector, Vector]:
+    def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         """The mean of each channel, and the sum of squared deviations from it."""
 
-    def affine(self, x: Any, center: Vector, scale: Vector, shift: Vector, out: Any) -> Kept:
+    def affine(self, x: np.ndarray, center: Vector, scale: Vector, shift: Vector, out: np.ndarray) -> Kept:
         """``out = (x - center) * scale + shift``. Returns what ``products`` and ``combine`` need to know of it."""
 
-    def products(self, dy: Any, x: Any, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
+    def products(self, dy: np.ndarray, x: np.ndarray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
         """The sums over each channel of ``dy`` and of ``dy * (x - center)``."""
-
-    def combine(self, dy: Any, x: Any, kept: Kept, center: Vector, a: Vector, b: Vector, c: Vector, out: Any) -> None:
-        """``out = a * dy + b * (x - center) + c``."""
-
-
-class PortablePasses:
-    """MXNet operators, in float32 (in float64 for float64 arrays), on the device of the arrays."""
-
-    def view(self, array: mx.nd.NDArray, axis: int) -> mx.nd.NDArray:
-        return array.reshape(flat_shape(array.shape, axis))
-
-    def read(self, array: mx.nd.NDArray) -> Vector:
-        return array.asnumpy().astype(np.float64)
-
-    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
-        array[:] = values
-
-    def moments(self, x: mx.nd.NDArray) -> tuple[Vector, Vector]:
-        x = _widened(x)
-        count = x.shape[0] * x.shape[2]
-        rough = (_channel_sum(x) / count).astype(x.dtype).astype(np.float64)
-        deviation = mx.nd.broadcast_sub(x, _like(rough, x))
-        # What rounding to the array's precision took from the mean is the mean of what is left.
-        rest = _channel_sum(deviation) / count
-        return rough + rest, _channel_sum(deviation.square()) - count * rest**2
-
-    def affine(self, x: mx.nd.NDArray, center: Vector, scale: Vector, shift: Vector, out: mx.nd.NDArray) -> Kept:
-        x = _widened(x)
-        y = mx.nd.broadcast_mul(mx.nd.broadcast_sub(x, _like(center, x)), _like(scale, x))
-        out[:] = mx.nd.broadcast_add(y, _like(shift, x)).astype(out.dtype)
-        return None
-
-    def products(self, dy: mx.nd.NDArray, x: mx.nd.NDArray, kept: Kept, center: Vector) -> tuple[Vector, Vector]:
-        dy, x = _widened(dy), _widened(x)
-        return _channel_sum(dy), _channel_sum(dy * mx.nd.broadcast_sub(x, _like(center, x)))
 
     def combine(
         self,
-        dy: mx.nd.NDArray,
-        x: mx.nd.NDArray,
+        dy: np.ndarray,
+        x: np.ndarray,
         kept: Kept,
         center: Vector,
         a: Vector,
         b: Vector,
         c: Vector,
-        out: mx.nd.NDArray,
+        out: np.ndarray,
     ) -> None:
-        dy, x = _widened(dy), _widened(x)
-        deviation = mx.nd.broadcast_sub(x, _like(center, x))
-        dx = mx.nd.broadcast_mul(dy, _like(a, x)) + mx.nd.broadcast_mul(deviation, _like(b, x))
-        out[:] = mx.nd.broadcast_add(dx, _like(c, x)).astype(out.dtype)
-
-
-def _widened(x: mx.nd.NDArray) -> mx.nd.NDArray:
-    return x.astype(np.float32) if x.dtype == np.float16 else x
-
-
-def _like(vector: Vector, x: mx.nd.NDArray) -> mx.nd.NDArray:
-    return mx.nd.array(vector, ctx=x.context, dtype=x.dtype).reshape((1, -1, 1))
-
-
-def _channel_sum(x: mx.nd.NDArray) -> Vector:
-    return x.sum(axis=2).asnumpy().astype(np.float64).sum(axis=0)
+        """``out = a * dy + b * (x - center) + c``."""
 
 
 class CpuPasses:

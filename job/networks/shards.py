@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import mxnet as mx
@@ -62,20 +62,22 @@ def shard(name: str, index: int) -> str:
     return f"{name}@{index}"
 
 
-def write_sharded(symbol: mx.sym.Symbol, count: int, group: Group, fuse: bool = False, direct: bool = False) -> Graph:
+def write_sharded(
+    symbol: mx.sym.Symbol, count: int, group: Group, tails: Collection[str] = (), direct: bool = False
+) -> Graph:
     """Write ``symbol`` for ``count`` shards.
 
-    Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one. With
-    ``fuse``, ReLU and max pooling behind a BatchNorm become part of its operator (:mod:`job.networks.fused`), where
-    nothing else reads what lies between. With ``direct``, convolutions that loops of our own compute sooner are one
-    operator for all shards (:mod:`job.networks.convolution`).
+    Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one. What
+    is in ``tails``, ReLU and max pooling behind a BatchNorm (:mod:`job.networks.fused`), becomes part of its operator
+    where nothing else reads what lies between. With ``direct``, convolutions that loops of our own compute sooner are
+    one operator for all shards (:mod:`job.networks.convolution`).
 
     Raises:
         UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
     """
     traced = json.loads(symbol.tojson())
-    tails = _tails(traced["nodes"], traced["heads"]) if fuse else {}
-    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), tails, direct)
+    found = _tails(traced["nodes"], traced["heads"], tails)
+    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), found, direct)
     for index in range(len(traced["nodes"])):
         writer.write(index)
     return writer.graph(traced["heads"], traced["attrs"])
@@ -88,8 +90,10 @@ class _Tail(NamedTuple):
     nodes: list[int]
 
 
-def _tails(nodes: list[dict[str, Any]], heads: list[list[int]]) -> dict[int, _Tail]:
+def _tails(nodes: list[dict[str, Any]], heads: list[list[int]], wanted: Collection[str]) -> dict[int, _Tail]:
     """Of each BatchNorm the ReLU behind it, and the pooling behind that, where they alone read what it computes."""
+    if RELU not in wanted:
+        return {}
     readers: dict[int, list[int]] = {index: [] for index in range(len(nodes))}
     for index, node in enumerate(nodes):
         for source in node["inputs"]:
@@ -109,7 +113,7 @@ def _tails(nodes: list[dict[str, Any]], heads: list[list[int]]) -> dict[int, _Ta
             continue
         pool = only_reader(relu)
         on_channels = node.get("attrs", {}).get("axis", "1") == "1"
-        pools = pool is not None and on_channels and _is_small_max_pool(nodes[pool])
+        pools = RELU_MAX_POOL in wanted and pool is not None and on_channels and _is_small_max_pool(nodes[pool])
         members = [relu, pool] if pools else [relu]
         found[index] = _Tail(RELU_MAX_POOL if pools else RELU, [n for n in members if n not in (None, index)])
     return found
@@ -263,7 +267,8 @@ class ShardedNetwork:
         symbol: what is computed of a shard: the network's output, or a loss made of it.
         inputs: the names of those arguments of ``symbol`` that are no parameters.
         group: whose statistics are shared; it says how many shards this rank has.
-        fuse, direct: see :func:`write_sharded`; only where :func:`job.networks.fused.can_fuse` allows it.
+        tails: see :func:`write_sharded`; of those that :func:`job.networks.batch_norm_operator.tails_for` has.
+        direct: see there; only where :func:`job.networks.fused.can_fuse` allows it.
 
     Raises:
         UsageError: the network cannot be trained shard by shard (:func:`write_sharded`).
@@ -275,11 +280,11 @@ class ShardedNetwork:
         symbol: mx.sym.Symbol,
         inputs: Sequence[str],
         group: Group,
-        fuse: bool = False,
+        tails: Collection[str] = (),
         direct: bool = False,
     ) -> None:
         self.count = len(group.own)
-        self.graph = write_sharded(symbol, self.count, group, fuse, direct)
+        self.graph = write_sharded(symbol, self.count, group, tails, direct)
         self._parameters = dict(net.collect_params().items())
         self._order = self.graph.symbol.list_inputs()
         masks = [dropout.mask for dropout in self.graph.dropouts]

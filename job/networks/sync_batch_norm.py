@@ -51,11 +51,12 @@ class SyncBatchNorm(nn.BatchNorm):
         self._require_safe(F)
         ordered = [parameters[name] for name in ("gamma", "beta", "running_mean", "running_var")]
         options = {name: str(self._kwargs[name]) for name in ("axis", "eps", "momentum", "fix_gamma")}
-        # Where no static plan holds it, MXNet 1.9.1 frees what it makes of an array in oneDNN's layout before a custom
-        # operator reads it. A product is in the plain layout, and so is the gradient that flows into one.
+        # Where no static plan holds it, MXNet 1.9.1 frees what it makes of an array in oneDNN's layout, that of a CPU,
+        # before a custom operator reads it. A product is in the plain layout, and so is the gradient of one.
         names = {"op_type": "sync_batch_norm", "group": self.group.key, "layer": "0", "name": "fwd"}
-        y = F.Custom(x * 1.0 if F is mx.nd else x, *ordered, **names, **options)
-        y = y * 1.0 if F is mx.nd else y
+        plain = F is mx.nd and x.context.device_type == "cpu"
+        y = F.Custom(x * 1.0 if plain else x, *ordered, **names, **options)
+        y = y * 1.0 if plain else y
         return F.relu(y) if self.fuse_relu else y
 
     def _require_safe(self, F: Any) -> None:

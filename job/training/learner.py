@@ -17,7 +17,7 @@ from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
 from job.networks import convolution, fused, kernels
-from job.networks.batch_norm_operator import Group
+from job.networks.batch_norm_operator import Group, tails_for
 from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
 from job.networks.kernels import host_view
@@ -133,10 +133,9 @@ class Learner:
         shards = config.data.shards
         self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.shards_of_statistics)
         objective = _objective(net, config.train.label_smoothing)
-        own_loops = can_fuse(feed.ctx, feed.dtype)
-        fuse = own_loops and config.model.fuse_batch_norm
-        direct = own_loops and config.model.direct_convolution
-        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, fuse, direct)
+        tails = tails_for(feed.ctx, feed.dtype) if config.model.fuse_batch_norm else ()
+        direct = can_fuse(feed.ctx, feed.dtype) and config.model.direct_convolution
+        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, tails, direct)
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())
@@ -295,8 +294,7 @@ class Learner:
 
     def _reduce(self, images: int) -> None:
         for norm, place in zip(self._network.graph.norms, self._moments):
-            moments = self._group.moments.pop(norm.key)  # of each micro-batch (own shards, mean and var, channels)
-            for micro, own in enumerate(moments):
+            for micro, own in enumerate(self._group.take_moments(norm.key)):
                 for values in own:
                     self._sums.add(_MOMENTS, place.start + micro * values.size, values.ravel())
         ready = time.perf_counter()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from job.networks.fused import RELU, RELU_MAX_POOL, passes_for
-from job.networks.kernels import CpuPasses, Passes, PortablePasses
+from job.networks.kernels import CpuPasses
 from tests.oracles import assert_within
 
 SHAPES = [(4, 3, 25), (7, 5, 1), (1, 2, 1), (1, 1, 300), (16, 8, 64)]
-BOTH = pytest.mark.parametrize("passes", [CpuPasses(), PortablePasses()], ids=["cpu", "portable"])
+PASSES = CpuPasses()
 
 
 def draw(shape: tuple[int, ...], offset: float = 0.5, dtype: str = "float32", seed: int = 0) -> mx.nd.NDArray:
@@ -25,59 +25,55 @@ def wide(vector: np.ndarray) -> np.ndarray:
     return vector[None, :, None]
 
 
-@BOTH
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moments_are_those_of_numpy_in_float64(passes: Passes, shape: tuple[int, ...]) -> None:
+def test_moments_are_those_of_numpy_in_float64(shape: tuple[int, ...]) -> None:
     x = draw(shape)
-    mean, m2 = passes.moments(passes.view(x, 1))
+    mean, m2 = PASSES.moments(PASSES.view(x, 1))
     exact = x.asnumpy().astype(np.float64)
     assert_within(mean, exact.mean((0, 2)), 1e-6, "mean", scale=1.0)
     assert_within(m2, exact.var((0, 2)) * shape[0] * shape[2], 1e-6, "M2", scale=1.0)
 
 
-@BOTH
 @pytest.mark.parametrize("shape", [(8, 3, 50), (400, 3, 1)])
-def test_moments_survive_an_offset_that_float32_squares_would_not(passes: Passes, shape: tuple[int, ...]) -> None:
+def test_moments_survive_an_offset_that_float32_squares_would_not(shape: tuple[int, ...]) -> None:
     x = draw(shape, offset=1e4)
-    mean, m2 = passes.moments(passes.view(x, 1))
+    mean, m2 = PASSES.moments(PASSES.view(x, 1))
     exact = x.asnumpy().astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 2)), rtol=1e-9)
     np.testing.assert_allclose(m2, exact.var((0, 2)) * 400, rtol=1e-5)
 
 
-@BOTH
 @pytest.mark.parametrize("shape", SHAPES)
-def test_elementwise_and_product_passes_are_those_of_numpy(passes: Passes, shape: tuple[int, ...]) -> None:
+def test_elementwise_and_product_passes_are_those_of_numpy(shape: tuple[int, ...]) -> None:
     x, dy = draw(shape), draw(shape, seed=1)
     center, a, b, c = np.random.default_rng(2).normal(size=(4, shape[1])).astype(np.float32)
-    x_view, dy_view = passes.view(x, 1), passes.view(dy, 1)
+    x_view, dy_view = PASSES.view(x, 1), PASSES.view(dy, 1)
     exact_x, exact_dy = x.asnumpy().astype(np.float64), dy.asnumpy().astype(np.float64)
     deviation = exact_x - wide(center)
 
     out = mx.nd.empty(shape)
-    kept = passes.affine(x_view, center, a, b, passes.view(out, 1))
+    kept = PASSES.affine(x_view, center, a, b, PASSES.view(out, 1))
     assert_within(out.asnumpy(), deviation * wide(a) + wide(b), 1e-6, "affine")
-    passes.combine(dy_view, x_view, kept, center, a, b, c, passes.view(out, 1))
+    PASSES.combine(dy_view, x_view, kept, center, a, b, c, PASSES.view(out, 1))
     assert_within(out.asnumpy(), wide(a) * exact_dy + wide(b) * deviation + wide(c), 1e-6, "combine", scale=1.0)
-    sums, products = passes.products(dy_view, x_view, kept, center)
+    sums, products = PASSES.products(dy_view, x_view, kept, center)
     size = shape[0] * shape[2]
     assert_within(sums, exact_dy.sum((0, 2)), 1e-6, "sums", scale=size)
     assert_within(products, (exact_dy * deviation).sum((0, 2)), 1e-6, "products", scale=size)
 
 
-@BOTH
 @pytest.mark.parametrize("shape", SHAPES)
-def test_passes_side_by_side_and_one_by_one_have_the_same_bits(passes: Passes, shape: tuple[int, ...]) -> None:
+def test_passes_side_by_side_and_one_by_one_have_the_same_bits(shape: tuple[int, ...]) -> None:
     x, dy = draw(shape), draw(shape, seed=1)
     center, a, b, c = np.random.default_rng(2).normal(size=(4, shape[1])).astype(np.float32)
-    x_view, dy_view = passes.view(x, 1), passes.view(dy, 1)
+    x_view, dy_view = PASSES.view(x, 1), PASSES.view(dy, 1)
 
     def bits(_: int) -> list[bytes]:
         outs = [mx.nd.empty(shape) for _ in range(2)]
-        kept = passes.affine(x_view, center, a, b, passes.view(outs[0], 1))
-        passes.combine(dy_view, x_view, kept, center, a, b, c, passes.view(outs[1], 1))
-        sums = passes.products(dy_view, x_view, kept, center)
-        vectors = [*passes.moments(x_view), *sums, *(out.asnumpy() for out in outs)]
+        kept = PASSES.affine(x_view, center, a, b, PASSES.view(outs[0], 1))
+        PASSES.combine(dy_view, x_view, kept, center, a, b, c, PASSES.view(outs[1], 1))
+        sums = PASSES.products(dy_view, x_view, kept, center)
+        vectors = [*PASSES.moments(x_view), *sums, *(out.asnumpy() for out in outs)]
         return [values.tobytes() for values in vectors]
 
     expected = bits(0)
@@ -87,23 +83,9 @@ def test_passes_side_by_side_and_one_by_one_have_the_same_bits(passes: Passes, s
 
 def test_float64_stays_float64() -> None:
     x = draw((4, 3, 25), dtype="float64")
-    for passes in (CpuPasses(), PortablePasses()):
-        mean, m2 = passes.moments(passes.view(x, 1))
-        np.testing.assert_allclose(mean, x.asnumpy().mean((0, 2)), rtol=1e-12)
-        np.testing.assert_allclose(m2, x.asnumpy().var((0, 2)) * 100, rtol=1e-12)
-
-
-def test_float16_is_computed_in_float32_by_the_portable_passes() -> None:
-    x = draw((64, 3, 100), offset=3.0, dtype="float16")
-    passes = passes_for(x)
-    assert isinstance(passes, PortablePasses)
-    np.testing.assert_allclose(
-        passes.moments(passes.view(x, 1))[0], x.asnumpy().astype(np.float64).mean((0, 2)), rtol=1e-6
-    )
-
-
-def test_the_cpu_takes_the_compiled_passes_for_float32() -> None:
-    assert isinstance(passes_for(draw((2, 2, 2))), CpuPasses)
+    mean, m2 = PASSES.moments(PASSES.view(x, 1))
+    np.testing.assert_allclose(mean, x.asnumpy().mean((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(m2, x.asnumpy().var((0, 2)) * 100, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -126,7 +108,7 @@ def test_a_tail_gives_what_mxnets_operators_give_one_after_the_other(
     z.backward(head.astype(z.dtype))
     flows = y.grad.asnumpy().astype(np.float64)  # to each value of BatchNorm's own output
 
-    passes, out, dx = passes_for(x, tail), mx.nd.empty(z.shape, dtype=dtype), mx.nd.empty(shape, dtype=dtype)
+    passes, out, dx = passes_for(tail), mx.nd.empty(z.shape, dtype=dtype), mx.nd.empty(shape, dtype=dtype)
     x_view, dy_view = passes.view(x, 1), passes.view(head, 1)
     kept = passes.affine(x_view, center, scale, shift, passes.view(out, 1))
     sums, products = passes.products(dy_view, x_view, kept, center)
@@ -144,7 +126,7 @@ def test_a_tail_gives_what_mxnets_operators_give_one_after_the_other(
 @pytest.mark.parametrize("tail", [RELU, RELU_MAX_POOL])
 def test_nan_stays_nan_through_a_tail(tail: str) -> None:
     x = draw((2, 3, 4, 4))
-    passes, one = passes_for(x, tail), np.ones(3, np.float32)
+    passes, one = passes_for(tail), np.ones(3, np.float32)
     out = mx.nd.empty((2, 3, 2, 2) if tail == RELU_MAX_POOL else x.shape)  # zeros() would write beside us
     passes.affine(passes.view(x, 1), np.array([0, np.nan, 0], np.float32), one, one, passes.view(out, 1))
     assert np.isnan(out.asnumpy()).any(axis=(0, 2, 3)).tolist() == [False, True, False]

@@ -18,7 +18,7 @@ from mxnet.gluon.model_zoo import vision
 
 from job.distributed.comm import Comm
 from job.errors import UsageError
-from job.networks import batch_norm_operator, kernels, models, sync_batch_norm
+from job.networks import models, sync_batch_norm
 from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm, revert_sync_batch_norm
 from tests.oracles import assert_within, batch_norm
 
@@ -49,15 +49,10 @@ def layer_of(**options: Any) -> SyncBatchNorm:
     return layer
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["cpu", "portable"])
 @pytest.mark.parametrize(
     "shape, axis", [((6, 4), 1), ((6, 4, 5), 1), ((3, 4, 5, 5), 1), ((3, 5, 5, 4), -1), ((2, 3, 2, 4, 5), 2)]
 )
-def test_forward_and_backward_are_those_of_numpy(
-    shape: tuple[int, ...], axis: int, portable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if portable:
-        monkeypatch.setattr(batch_norm_operator, "passes_for", lambda x, tail: kernels.PortablePasses())
+def test_forward_and_backward_are_those_of_numpy(shape: tuple[int, ...], axis: int) -> None:
     layer = layer_of(axis=axis)
     x, dy = draw(shape, offset=2.0, std=3.0), draw(shape, offset=0.3, seed=1)
     y, dx = forward_backward(layer, x, dy)
