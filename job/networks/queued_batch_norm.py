@@ -49,7 +49,7 @@ class QueuedOp(mx.operator.CustomOp):
             self._answer = None
         for x, saved, y, how in zip(xs, self._saved, ys, req):
             if how == "null":
-                saved.wait_to_read()
+                self.wait(saved)
             else:
                 self._passes.affine(x, saved, y, how, self._options)
 
@@ -72,9 +72,13 @@ class QueuedOp(mx.operator.CustomOp):
         tables = self._totals(2 * xs[0].shape[1], xs[0].context, fill)
         for k, table in enumerate(tables):
             if req[k] == "null":
-                table.wait_to_read()  # also, because the next backward gives its allreduce the same name
+                self.wait(table)  # also, because the next backward gives its allreduce the same name
             else:
                 self._passes.combine(dys[k], xs[k], table, self._saved[k], dxs[k], req[k], self._options)
+
+    def wait(self, array: mx.nd.NDArray) -> None:
+        """For that from which no output follows. It keeps a thread of MXNet's that has nothing else to do."""
+        array.wait_to_read()
 
     def _synchronized(self, xs: list[Any], gamma: Any, beta: Any, aux: list[Any]) -> list[mx.nd.NDArray]:
         def fill(k: int, row: mx.nd.NDArray) -> None:

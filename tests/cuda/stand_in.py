@@ -64,10 +64,7 @@ def _built(source: str, options: Sequence[str], names: Sequence[str]) -> Path:
 class _Kernel:
     def __init__(self, function: Callable[..., int], name: str, signature: str) -> None:
         self._function, self._name = function, name
-        pattern = re.compile(r"^(const )?(\w+) ?(\*)? ?(\w+)?$")  # as MXNet reads it
-        found = [pattern.match(" ".join(argument.split())) for argument in signature.split(",")]
-        assert all(found), signature
-        self._parameters = [(bool(m[1]), np.dtype(_DTYPE_CPP_TO_NP[m[2]]), bool(m[3])) for m in found if m]
+        self._parameters = parsed(signature)
 
     def launch(self, args: Sequence[Any], ctx: mx.Context, grid_dims: Any, block_dims: Any) -> None:
         assert len(args) == len(self._parameters), self._name
@@ -89,6 +86,14 @@ class _Kernel:
                 failures.append(f"{self._name}: a barrier that not all threads reach")
 
         _push(run, ctx, reads, writes)
+
+
+def parsed(signature: str) -> list[tuple[bool, np.dtype, bool]]:
+    """As MXNet reads it: of each parameter whether it is const, its type, and whether it is an array."""
+    pattern = re.compile(r"^(const )?(\w+) ?(\*)? ?(\w+)?$")
+    found = [pattern.match(" ".join(argument.split())) for argument in signature.split(",")]
+    assert all(found), signature
+    return [(bool(m[1]), np.dtype(_DTYPE_CPP_TO_NP[m[2]]), bool(m[3])) for m in found if m]
 
 
 def _pointer(array: mx.nd.NDArray) -> int:

@@ -6,6 +6,8 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,27 @@ from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks import models, sync_batch_norm
 from job.networks.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm, revert_sync_batch_norm
+from tests.cuda.queued import queued
 from tests.oracles import assert_within, batch_norm
+
+
+@pytest.fixture(params=["host", "kernels", "graphs"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a CPU computes the operator, or a GPU: with its own kernels, or with MXNet's operators."""
+    with nullcontext() if request.param == "host" else queued(request.param):
+        yield
+
+
+ON_EACH_PATH = pytest.mark.usefixtures("path")
 
 
 class SilentComm(Comm):
     """Fails the test when somebody communicates."""
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
+        raise AssertionError(f"communication in {name}")
+
+    def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str) -> None:
         raise AssertionError(f"communication in {name}")
 
 
@@ -49,6 +65,7 @@ def layer_of(**options: Any) -> SyncBatchNorm:
     return layer
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize(
     "shape, axis", [((6, 4), 1), ((6, 4, 5), 1), ((3, 4, 5, 5), 1), ((3, 5, 5, 4), -1), ((2, 3, 2, 4, 5), 2)]
 )
@@ -65,12 +82,14 @@ def test_forward_and_backward_are_those_of_numpy(shape: tuple[int, ...], axis: i
     assert_within(layer.running_var.data().asnumpy(), 0.9 + 0.1 * expected.var, 1e-5, "running_var")
 
 
+@ON_EACH_PATH
 def test_mean_10000_std_1_comes_out_as_float64_says() -> None:
     x = draw((32, 3, 8, 8), offset=1e4)
     y, _ = forward_backward(layer_of(), x, np.ones_like(x))
     assert np.abs(y - batch_norm(x, x, 1, 1e-5, None, None).y).max() < 1e-3
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
 def test_a_global_count_of_one_gives_beta_and_no_gradient(shape: tuple[int, ...]) -> None:
     layer = layer_of(unbiased=True, beta_initializer=mx.init.Constant(0.25))
@@ -80,6 +99,7 @@ def test_a_global_count_of_one_gives_beta_and_no_gradient(shape: tuple[int, ...]
     assert np.isfinite(layer.running_var.data().asnumpy()).all()
 
 
+@ON_EACH_PATH
 def test_a_constant_channel_has_no_negative_variance_and_no_nan() -> None:
     x = np.full((16, 2, 5, 5), 12345.678, np.float32)
     layer = layer_of(momentum=0.0)
@@ -89,6 +109,7 @@ def test_a_constant_channel_has_no_negative_variance_and_no_nan() -> None:
     assert np.abs(y).max() < 1e-3
 
 
+@ON_EACH_PATH
 def test_unbiased_running_variance_is_n_over_n_minus_1_times_the_biased_one() -> None:
     x = draw((3, 2, 2, 2))
     biased, unbiased = layer_of(momentum=0.0), layer_of(momentum=0.0, unbiased=True)
@@ -111,6 +132,7 @@ def test_inference_is_bit_for_bit_batch_norms_and_never_communicates() -> None:
     np.testing.assert_array_equal(sync(mx.nd.array(x)).asnumpy(), plain(mx.nd.array(x)).asnumpy())
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("options", [{"use_global_stats": True}, {}], ids=["use_global_stats", "predict mode"])
 def test_gradients_through_given_statistics_are_batch_norms_without_communication(options: dict[str, bool]) -> None:
     results = []
@@ -127,6 +149,7 @@ def test_gradients_through_given_statistics_are_batch_norms_without_communicatio
         np.testing.assert_allclose(sync, plain, rtol=1e-5, atol=1e-5)
 
 
+@ON_EACH_PATH
 @pytest.mark.parametrize("scale, center", [(False, True), (True, False), (False, False)])
 def test_without_scale_or_center_it_is_batch_norm_without_them(scale: bool, center: bool) -> None:
     x, dy = draw((4, 3, 5), offset=1.0), draw((4, 3, 5), seed=1)
@@ -153,6 +176,7 @@ def test_float16_input_keeps_float32_statistics_and_parameters() -> None:
     assert_within(layer.running_mean.data().asnumpy(), 0.1 * expected.mean, 1e-5, "running_mean")
 
 
+@ON_EACH_PATH
 def test_gradients_add_up_under_grad_req_add() -> None:
     layer = layer_of()
     x, dy = draw((4, 3, 5, 5)), draw((4, 3, 5, 5), seed=1)
@@ -173,6 +197,7 @@ def test_gradients_add_up_under_grad_req_add() -> None:
     assert_within(data.grad.asnumpy(), 2 * expected.dx, 1e-5, "dx", scale=expected.dx_scale)
 
 
+@ON_EACH_PATH
 def test_frozen_parameters_get_no_gradient_and_input_gradients_stay_right() -> None:
     layer = layer_of()
     x, dy = draw((4, 3, 5, 5)), draw((4, 3, 5, 5), seed=1)
@@ -183,6 +208,7 @@ def test_frozen_parameters_get_no_gradient_and_input_gradients_stay_right() -> N
     assert_within(dx, expected.dx, 1e-5, "dx", scale=expected.dx_scale)
 
 
+@ON_EACH_PATH
 def test_a_pause_or_predict_mode_leaves_running_statistics_alone() -> None:
     layer = layer_of()
     x = mx.nd.array(draw((4, 3, 5, 5), offset=5.0))
