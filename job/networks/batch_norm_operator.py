@@ -84,12 +84,12 @@ class Group:
         Waits for the other ranks. NaN if one has failed.
         """
         result = np.empty_like(rows)
-        for sharing, here, comm, name in self._parts(name):
+        for sharing, here, comm, full_name in self._parts(name):
             table = np.zeros((len(sharing), rows.shape[1]))
             mine = slice(here.start - self.own.start, here.stop - self.own.start)
             table[here.start - sharing.start : here.stop - sharing.start] = rows[mine]
             try:
-                table = comm.sum(table, name)
+                table = comm.sum(table, full_name)
             except PeerLostError:
                 # Raised here, MXNet would print it with a traceback. Nothing is gained by these numbers: the next
                 # collective, that of the gradients, fails too and stops the caller, before any weight has changed.
@@ -105,11 +105,11 @@ class Group:
         waits; if a rank has failed, whoever waits for what is computed from a table is told.
         """
         tables: list[mx.nd.NDArray] = []
-        for sharing, here, comm, name in self._parts(name):
+        for sharing, here, comm, full_name in self._parts(name):
             table = mx.nd.zeros((len(sharing), width), ctx, np.float64)
             for shard in here:
                 fill(shard - self.own.start, table[shard - sharing.start])
-            comm.allreduce_([table], name)
+            comm.allreduce_([table], full_name)
             tables += [table] * len(here)
         return tables
 

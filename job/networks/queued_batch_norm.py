@@ -12,6 +12,7 @@ from, so each loop below ends with such a write for each shard, or else waits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Optional
 
 import mxnet as mx
@@ -78,7 +79,8 @@ class QueuedOp(mx.operator.CustomOp):
 
     def wait(self, array: mx.nd.NDArray) -> None:
         """For that from which no output follows. It keeps a thread of MXNet's that has nothing else to do."""
-        array.wait_to_read()
+        with suppress(mx.MXNetError):  # of a rank that has failed, the training loop is told by its next sum
+            array.wait_to_read()
 
     def _synchronized(self, xs: list[Any], gamma: Any, beta: Any, aux: list[Any]) -> list[mx.nd.NDArray]:
         def fill(k: int, row: mx.nd.NDArray) -> None:

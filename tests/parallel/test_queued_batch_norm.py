@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mxnet as mx

@@ -19,7 +19,7 @@ from job.networks.batch_norm_operator import Group
 from job.networks.fused import RELU
 from job.networks.queued_batch_norm import QueuedOp
 from job.networks.queued_passes import Graphs, QueuedPasses
-from tests.cuda.queued import counted_waits, kernels, passes_of, queued
+from tests.cuda.queued import counted_waits, kernels, queued
 from tests.oracles import assert_within, batch_norm
 
 BOTH = pytest.mark.parametrize("kind", ["kernels", "graphs"])
