@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
+import socket
+from contextlib import suppress
 
 import mxnet as mx
 import numpy as np
@@ -12,27 +16,49 @@ from job.errors import UsageError
 
 
 def choose_device(wanted: str, comm: Comm) -> mx.Context:
-    """The GPU of this local rank, or the CPU.
+    """The GPU of this local rank, or the CPU. All ranks call it together, and all compute on the same kind of device.
+
+    A rank that sees one GPU alone takes that: Slurm and containers may hand out GPUs one a rank.
 
     Args:
         wanted: ``auto`` (a GPU if the node has any), ``cpu`` or ``gpu``.
         comm: whose local rank chooses among the GPUs of the node.
 
     Raises:
-        UsageError: a GPU is wanted and there is none, or there are fewer than ranks on this node: two ranks on one GPU
-            would be slower than one, and share its memory unseen.
+        UsageError: a GPU is wanted and there is none; some ranks have a GPU, and others none; or there are fewer than
+            ranks on this node: two ranks on one GPU would be slower than one, and share its memory unseen.
     """
     gpus = 0 if wanted == "cpu" else mx.context.num_gpus()
+    own = 0 if gpus == 1 else comm.local_rank
+    told = comm.gather_text(f"{socket.gethostname()} {_bus_id(own) if own < gpus else ''}", "devices")
+    nodes, cards = zip(*(text.split(" ", 1) for text in told))
     if gpus == 0 and wanted == "gpu":
         raise UsageError("run.device=gpu, but MXNet sees no GPU on this node; set run.device=cpu or mend the driver")
-    if gpus == 0:
-        return mx.cpu()
-    if gpus < comm.local_size:
+    here = [place for place in zip(nodes, cards) if place[0] == nodes[comm.rank]]
+    if gpus and (own >= gpus or here.count((nodes[comm.rank], cards[comm.rank])) > 1):
         raise UsageError(
             f"{comm.local_size} ranks on a node with {gpus} GPU{'s' * (gpus > 1)}; start at most one rank per GPU,"
             " or set run.device=cpu"
         )
-    return mx.gpu(comm.local_rank)
+    without = sorted({node for node, card in zip(nodes, cards) if not card})
+    if without and any(cards):
+        raise UsageError(
+            f"some ranks have a GPU, and on {', '.join(without)} some have none; mend the driver there, start at most"
+            " one rank per GPU, or set run.device=cpu"
+        )
+    return mx.gpu(own) if gpus else mx.cpu()
+
+
+def _bus_id(index: int) -> str:
+    """Which card of its node a GPU is, whatever number it has for this process: its place on the PCI bus.
+
+    Where CUDA's library does not tell, its number among those that this process was given.
+    """
+    name = ctypes.create_string_buffer(32)
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL("libcudart.so.11.0").cudaDeviceGetPCIBusId(name, len(name), index) == 0:
+            return name.value.decode()
+    return f"{index} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
 
 
 def seed_everything(seed: int) -> None:

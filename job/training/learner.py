@@ -131,7 +131,8 @@ class Learner:
         self.trainer = gluon.Trainer(parameters, *optimizer_options(config.optimizer), kvstore=None)
         self._inference = _inference(net)
         shards = config.data.shards
-        self._group = Group(comm, own_shards(comm.rank, comm.size, shards), shards, config.model.shards_of_statistics)
+        own, model = own_shards(comm.rank, comm.size, shards), config.model
+        self._group = Group(comm, own, shards, model.shards_of_statistics, model.unbiased_variance)
         objective = _objective(net, config.train.label_smoothing)
         tails = tails_for(feed.ctx, feed.dtype) if config.model.fuse_batch_norm else ()
         direct = can_fuse(feed.ctx, feed.dtype) and config.model.direct_convolution

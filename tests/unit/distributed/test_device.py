@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import random
+from typing import Optional
 
 import mxnet as mx
 import numpy as np
 import pytest
 
+from job.distributed import device
 from job.distributed.comm import Comm
 from job.distributed.device import choose_device, seed_everything
 from job.errors import UsageError
 
 
 class Local(Comm):
-    def __init__(self, local_rank: int, local_size: int) -> None:
+    """A rank of the second of two nodes, so that the global rank must not be taken for the local one."""
+
+    def __init__(self, local_rank: int, local_size: int, cards: Optional[list[str]] = None) -> None:
         super().__init__()
-        # Of a second node, so that the global rank must not be taken for the local one.
         self.rank, self.size = local_size + local_rank, 2 * local_size
         self.local_rank, self.local_size = local_rank, local_size
+        self._cards = cards
+
+    def gather_text(self, text: str, name: str) -> list[str]:
+        node, _, own = text.partition(" ")
+        cards = self._cards or [own and str(place) for place in range(self.local_size)]
+        cards[self.local_rank] = own
+        return [*(f"first {card}" for card in cards), *(f"{node} {card}" for card in cards)]
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(mx.context, "num_gpus", lambda: count)
+    monkeypatch.setattr(device, "_bus_id", str)
 
 
 def test_auto_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +75,45 @@ def test_a_gpu_that_is_wanted_and_missing_is_a_usage_error(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("wanted", ["auto", "gpu"])
-@pytest.mark.parametrize(("gpus", "told"), [(1, "1 GPU;"), (3, "3 GPUs;")])
-def test_fewer_gpus_than_ranks_is_a_usage_error_on_every_rank_that_names_both(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, gpus: int, told: str
+def test_fewer_gpus_than_ranks_is_a_usage_error_on_the_rank_that_has_none(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    with_gpus(monkeypatch, 3)
+    with pytest.raises(UsageError, match=r"4 ranks.*3 GPUs;.*run\.device=cpu"):
+        choose_device(wanted, Local(3, 4, cards=["0", "1", "2", ""]))
+    with pytest.raises(UsageError, match=r"some ranks have a GPU.*first.*some have none;.*run\.device=cpu"):
+        choose_device(wanted, Local(1, 4, cards=["0", "1", "2", ""]))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "gpu"])
+def test_ranks_that_see_one_gpu_each_take_it_if_it_is_not_the_same_one(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    with_gpus(monkeypatch, 1)
+    monkeypatch.setattr(device, "_bus_id", lambda index: "0000:3B:00.0")
+    others = ["0000:1A:00.0", "", "0000:5E:00.0", "0000:86:00.0"]
+    assert choose_device(wanted, Local(1, 4, cards=[*others])) == mx.gpu(0)
+    others[3] = "0000:3B:00.0"
+    with pytest.raises(UsageError, match=r"4 ranks.*1 GPU;.*run\.device=cpu"):
+        choose_device(wanted, Local(1, 4, cards=[*others]))
+
+
+def test_where_cuda_does_not_tell_a_gpu_is_its_number_among_those_that_are_visible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device._bus_id(3) == "3 of all"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert device._bus_id(1) == "1 of 2,5"
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_ranks_with_and_without_a_gpu_do_not_start_together_and_the_nodes_are_named(
+    monkeypatch: pytest.MonkeyPatch, gpus: int
 ) -> None:
     with_gpus(monkeypatch, gpus)
-    for local_rank in range(4):
-        with pytest.raises(UsageError, match=rf"4 ranks.*{told}.*run\.device=cpu"):
-            choose_device(wanted, Local(local_rank, 4))
+    with pytest.raises(UsageError, match=r"some ranks have a GPU, and on first.*some have none"):
+        choose_device("auto", Local(0, 2, cards=["", "" if gpus else "1"]))
 
 
 def draws() -> tuple[float, float, list[float]]:

@@ -679,3 +679,15 @@ def test_evaluation_leaves_the_weights_where_they_lie_in_memory() -> None:
     mx.nd.waitall()
     for view, values in zip(memory, before):
         np.testing.assert_array_equal(view, values)
+
+
+@pytest.mark.parametrize(("sync", "count"), [(True, 30), (False, 10)], ids=["all samples", "those of a shard"])
+def test_the_running_variance_may_be_the_unbiased_one_of_the_values_that_it_is_of(sync: bool, count: int) -> None:
+    moved = []
+    for unbiased in (False, True):
+        net = nn.HybridSequential()
+        net.add(nn.Flatten(), nn.BatchNorm(), nn.Dense(10))
+        trained = learner(net, model={"sync_batch_norm": sync, "unbiased_variance": unbiased})
+        take_step(trained, split(30), [np.arange(30)], 0.25)
+        moved.append(net[1].running_var.data().asnumpy() - 0.9)
+    np.testing.assert_allclose(moved[1], moved[0] * count / (count - 1), rtol=1e-9)
