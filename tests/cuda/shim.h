@@ -67,6 +67,11 @@ static void resume(unsigned t) {
   setcontext(&birth);
 }
 
+static int abandon() {
+  for (Fiber& fiber : fibers) fiber.born = false;  // they are in the midst of the kernel
+  return 1;
+}
+
 static int block() {
   for (Fiber& fiber : fibers) fiber.done = false, fiber.barriers = 0;
   for (bool left = true; left;) {
@@ -74,7 +79,7 @@ static int block() {
     for (unsigned t = 0; t < THREADS; ++t) {
       if (!fibers[t].done) resume(t);
       left |= !fibers[t].done;
-      if (fibers[t].barriers != fibers[0].barriers) return 1;
+      if (fibers[t].barriers != fibers[0].barriers) return abandon();
     }
   }
   return 0;

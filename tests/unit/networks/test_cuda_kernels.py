@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import mxnet as mx
+import numpy as np
 import pytest
 
 from job.networks import queued_passes
@@ -73,6 +74,25 @@ def test_the_kernels_compile_for_every_gpu_that_mxnet_supports_and_keep_all_in_r
     assert sorted(compiled) == sorted((name, target) for name in kernels)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert spills == [("0", "0")] * len(kernels)
+
+
+DIVERGENT = """
+extern "C" __global__ void divergent(float* y, int threads) {
+  if ((int)threadIdx.x < threads) __syncthreads();
+  y[threadIdx.x] = threadIdx.x;
+}
+"""
+
+
+def test_on_the_cpu_a_barrier_that_some_threads_do_not_reach_is_found() -> None:
+    module = stand_in.CudaModule(DIVERGENT, ["-DTHREADS=8"])
+    kernel, y = module.get_kernel("divergent", "float* y, int threads"), mx.nd.zeros(8)
+    for threads, found in ((8, 0), (5, 1), (0, 1)):
+        kernel.launch([y, threads], mx.cpu(), (1, 1, 1), (8, 1, 1))
+        mx.nd.waitall()
+        assert len(stand_in.failures) == found
+    np.testing.assert_array_equal(y.asnumpy(), np.arange(8))
+    stand_in.failures.clear()
 
 
 def test_an_error_in_the_source_is_found(compiler: Compiler) -> None:
