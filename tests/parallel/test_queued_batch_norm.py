@@ -118,6 +118,8 @@ def train_until_a_rank_dies(kind: str) -> None:
     from job import command
     from job.distributed.comm import peer_errors
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which may come before what is tested
+
     def run() -> None:
         comm = Mortal(timeout_seconds=30)
         with peer_errors(), queued(kind), comm.guard("training"):
