@@ -371,9 +371,7 @@ class ModelConfig(Section):
     sync_batch_norm_group: Optional[int] = Field(
         None, ge=1, description="BatchNorm statistics over so many shards; null: over all, the global batch"
     )
-    unbiased_variance: bool = Field(
-        False, description="BatchNorm's running variance is n/(n-1) times that of the batch, as with cuDNN"
-    )
+    unbiased_variance: bool = Field(False, description="running variance as cuDNN has it, n/(n-1) times the batch's")
     fuse_batch_norm: bool = Field(
         True, description="on a CPU, BatchNorm, ReLU and 2x2 max pooling as one operator: faster"
     )
