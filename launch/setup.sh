@@ -327,11 +327,11 @@ lock_entries() { # lock_entries only|not PACKAGE
 }
 
 # The GPU lock has its versions from the CPU lock and leaves out `dev` (see `make lock`). So what the CPU lock has beyond
-# it, other than MXNet's own build for CPUs, is for development.
+# it, other than MXNet's own build for CPUs, is for development; and so is NVIDIA's compiler where there is no GPU.
 leave_out_dev() {
-  awk '{ name = $1; sub(/==.*/, "", name) }
+  awk -v variant="$variant" '{ name = $1; sub(/==.*/, "", name) }
     FNR == NR { trains[name]; next }
-    /^[^ #]/ { mine = name in trains || name == "mxnet" }
+    /^[^ #]/ { mine = name == "mxnet" || (name in trains && (variant == "gpu" || name !~ /^nvidia-/)) }
     mine' "$root/requirements-gpu.txt" "$state/requirements.txt" >"$state/requirements-no-dev.txt"
   mv "$state/requirements-no-dev.txt" "$state/requirements.txt"
 }

@@ -291,14 +291,15 @@ def test_a_lock_with_another_tool_installs_without_building_horovod_again(ready:
 
 def test_without_dev_it_installs_what_the_gpu_lock_has_too_and_mxnet(checkout: Checkout) -> None:
     checkout.add_python("python3.11", (3, 11))
-    (checkout.root / "requirements-cpu.txt").write_text(CPU_LOCK + "numpy==1.23.5 ; python_version < '3.12' \\\n")
-    (checkout.root / "requirements-gpu.txt").write_text("mxnet-cu112==1.9.1\nnumpy==1.23.5 \\\n    --hash=sha256:dd\n")
+    both = "numpy==1.23.5 ; python_version < '3.12' \\\n    --hash=sha256:dd\nnvidia-cuda-nvrtc-cu11==11.8.89\n"
+    (checkout.root / "requirements-cpu.txt").write_text(CPU_LOCK + both)
+    (checkout.root / "requirements-gpu.txt").write_text("mxnet-cu112==1.9.1\n" + both)
     code, said = checkout.setup("--no-dev", "--no-data")
     assert code == 0, said
     assert checkout.calls() == ["venv", "pip install mxnet numpy", "pip wheel horovod", "pip install"]
     code, said = checkout.setup("--no-data")
     assert code == 0, said
-    assert "pip install mxnet pytest numpy" in checkout.calls()
+    assert "pip install mxnet pytest numpy nvidia-cuda-nvrtc-cu11" in checkout.calls()
 
 
 def test_a_lock_with_another_mxnet_builds_horovod_again(ready: Checkout) -> None:
