@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +39,7 @@ class Change(NamedTuple):
     why: str
     replayed_steps: int
     lost_seconds: float
+    hosts: Optional[Mapping[str, int]] = None  # with how many ranks each; None on one machine
 
     def __str__(self) -> str:
         return (

@@ -11,32 +11,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
+from horovod.runner.common.util.hosts import SlotInfo
 from horovod.runner.gloo_run import create_slot_env_vars
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
 from job.distributed.standby import STANDBY
 from job.errors import JobError
+from launch.elastic.places import Place
+from launch.elastic.supervisor import Ended
 from launch.rank import meeting_environment, slot
 
-STUCK = 256  # in place of an exit code, of a rank that should have ended and has not
 _LOOPBACK = "127.0.0.1"
 _GONE_SECONDS = 30.0  # for a process to vanish after SIGKILL
-
-
-class Ended(NamedTuple):
-    """A rank that has ended by itself. A negative code is the signal that ended it."""
-
-    rank: int
-    code: int
-
-    def __str__(self) -> str:
-        if self.code == STUCK:
-            return f"rank {self.rank} did not end with the others"
-        if self.code < 0:
-            return f"rank {self.rank} was ended by {signal.Signals(-self.code).name}"
-        return f"rank {self.rank} ended with exit code {self.code}"
 
 
 class Crew:
@@ -74,29 +62,27 @@ class Crew:
             process.wait()
 
 
-class Gang:
-    """Some ranks that are started together.
+class LocalGang:
+    """Some ranks that are started together: a :class:`launch.elastic.supervisor.Gang`.
 
     Each is a session of its own: what a terminal sends reaches it through here alone. If this process dies, the kernel
     sends each SIGTERM, and they stop with a checkpoint.
 
     Args:
         command: of a rank.
-        size: how many ranks.
+        places: of the ranks.
         variables: added to the environment.
         crew: of as many or more, to take instead of new processes. None if there is none.
     """
 
     def __init__(
-        self, command: Sequence[str], size: int, variables: Mapping[str, str], crew: Optional[Crew] = None
+        self, command: Sequence[str], places: Sequence[Place], variables: Mapping[str, str], crew: Optional[Crew] = None
     ) -> None:
-        self.size = size
+        self.places, size = places, len(places)
         self._codes: dict[int, int] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._server = _Server((_LOOPBACK, 0), RendezvousHandler, verbose=0)
-        self._server.init([slot([size], 0, rank, rank) for rank in range(size)])
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="rendezvous", daemon=True).start()
-        together = {**meeting_environment(_LOOPBACK, self._server.server_address[1]), **variables}
+        self._server = Rendezvous(_LOOPBACK, [slot([size], 0, rank, rank) for rank in range(size)])
+        together = {**meeting_environment(_LOOPBACK, self._server.port), **variables}
         try:
             for rank in range(size):
                 own = {**together, **create_slot_env_vars(slot([size], 0, rank, rank))}
@@ -118,15 +104,17 @@ class Gang:
     @property
     def over(self) -> bool:
         """Whether all have ended."""
-        return len(self._codes) == self.size
+        return len(self._codes) == len(self.places)
 
     def signal(self, number: int) -> None:
         """Send a signal to all that still run."""
         for process in self._processes:
             process.send_signal(number)
 
-    def end(self) -> None:
+    def end(self) -> list[Ended]:
         """Kill what is left, and all that it has started. Nothing runs any more afterwards.
+
+        Returns nothing: this machine was not lost.
 
         Raises:
             JobError: a process cannot be killed: it hangs within the kernel.
@@ -134,8 +122,7 @@ class Gang:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.stop()
         deadline = time.monotonic() + _GONE_SECONDS
         for rank, process in enumerate(self._processes):
             try:
@@ -145,12 +132,24 @@ class Gang:
                     f"rank {rank} (process {process.pid}) cannot be killed: it hangs within the kernel, in a driver or"
                     " a file system; nothing was started again beside it"
                 ) from None
+        return []
 
 
-class _Server(RendezvousHTTPServer):
-    """Horovod's rendezvous server, for this machine alone: it unpickles what it is sent."""
+class Rendezvous(RendezvousHTTPServer):
+    """Horovod's rendezvous server for one gang. It unpickles what it is sent: only ranks may reach ``address``."""
 
     daemon_threads = True
+
+    def __init__(self, address: str, slots: Sequence[SlotInfo]) -> None:
+        super().__init__((address, 0), RendezvousHandler, verbose=0)
+        self.port: int = self.server_address[1]
+        self.init(slots)
+        threading.Thread(target=self.serve_forever, args=(0.05,), name="rendezvous", daemon=True).start()
+
+    def stop(self) -> None:
+        """Free the port."""
+        self.shutdown()
+        self.server_close()
 
 
 def _popen(command: Sequence[str], variables: Mapping[str, str], stdin: int) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ import pytest
 
 from job.config import load_config
 from job.errors import JobError
-from launch.elastic import __main__ as elastic
+from launch.elastic import memory as memory_module
 from launch.elastic.__main__ import main
 from tests.unit.launch.scripts import PATIENCE, ROOT
 
@@ -267,11 +267,11 @@ def test_fewer_shards_than_places_become_as_many_whatever_the_ranks_are_then(job
 def test_the_memory_of_a_job_is_removed_with_it_and_that_of_dead_ones_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elastic, "_MEMORY", tmp_path)
+    monkeypatch.setattr(memory_module, "_MEMORY", tmp_path)
     left = tmp_path / "horovod-gluon-job.left"
     left.mkdir()
     (left / "lock").touch()
-    with elastic.memory() as first, elastic.memory() as second:
+    with memory_module.memory() as first, memory_module.memory() as second:
         assert not left.exists()
         assert first.is_dir() and second.is_dir(), "one in use is not taken for one that was left"
         assert first.stat().st_mode & 0o777 == 0o700
