@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ LOCK = "lock"
 CHECKPOINT = re.compile(r"step-\d{8,}")  # the name of a checkpoint that is whole
 UNFINISHED = re.compile(r"step-\d{8,}(\.old)?\.partial")  # of one that is being written or removed
 
+_POLL_SECONDS = 0.1
 _PARTIAL = ".partial"  # ends the name of a file that is being written
 _WRITTEN = {  # by a run, into its folders
     TENSORBOARD: re.compile(
@@ -75,14 +77,18 @@ def _check(config: Config) -> None:
         )
 
 
-def claim(config: Config) -> IO[str]:
+def claim(config: Config, patience_seconds: float = 0.0) -> IO[str]:
     """Check the folder, lock it, empty it unless its run is to be gone on with, and write the resolved config.
 
-    Only files of an earlier run are removed, and nothing else. Returns the lock, which is held until it is closed or
+    While another process is using it, wait for so long: it may be on a host that was cut off, and about to end. Only
+    files of an earlier run are removed, and nothing else. Returns the lock, which is held until it is closed or
     the process ends, however it ends.
     """
-    check(config)
     folder = config.run.dir
+    end = time.monotonic() + patience_seconds
+    while time.monotonic() < end and _in_use(folder):
+        time.sleep(_POLL_SECONDS)
+    check(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  (held as long as we live)
@@ -94,6 +100,17 @@ def claim(config: Config) -> IO[str]:
     except OSError as error:
         raise JobError(f"run.dir={folder}: cannot be written: {error.strerror}") from None
     return lock
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with open(folder / LOCK, "r+", encoding="utf-8", errors="replace") as lock:
+            storage.lock(lock)
+    except storage.InUse:
+        return True
+    except OSError:  # which check() will tell
+        pass
+    return False
 
 
 def _goes_on(config: Config) -> bool:

@@ -34,6 +34,7 @@ from mxnet import Context
 from mxnet.gluon import HybridBlock
 
 from job import run_dir
+from job.checkpoints.commits import TAKEOVER_SECONDS, supervised
 from job.checkpoints.resume import goes_on, open_checkpoints
 from job.checkpoints.state import RunState
 from job.config import Config
@@ -99,7 +100,8 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         checkpoints = stack.enter_context(open_checkpoints(config, comm, dataset.digests))
         checkpoints.resume(state)
         subject = Subject(config, learner, dataset)
-        recorder.writers = stack.enter_context(open_writers(config.run.dir, comm, total_steps, learner.steps, subject))
+        on_disk = recorder.on_disk(learner.steps)
+        recorder.go_on(stack.enter_context(open_writers(config.run.dir, comm, total_steps, on_disk, subject)))
         profiler = stack.enter_context(Profiler(config, comm, learner))
         batches = sampler.batches(range(learner.steps, total_steps), own, shards, micros)
         for step, batch in decoded_ahead(dataset.train.images, batches):
@@ -135,7 +137,8 @@ def train(config: Config, comm: Comm) -> HybridBlock:
 def main(config: Optional[Config] = None) -> None:
     """Parse, unless that is done, join the other ranks, train, leave together."""
     config = config or parse()
-    lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
+    patience_seconds = TAKEOVER_SECONDS if supervised() else 0.0
+    lock = run_dir.claim(config, patience_seconds) if placement().rank == 0 else None  # noqa: F841  (held for life)
     groups = config.model.sync_batch_norm_group is not None
     comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled), subsets=groups)
     with peer_errors():

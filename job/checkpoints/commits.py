@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FOLDER = "JOB_COMMITS"  # the variable that names the folder; without it nobody would start the ranks again
+TAKEOVER_SECONDS = 100.0  # for a rank 0 on a host that was cut off to end: its agent asks it to, then kills it
 _PROGRESS = "progress"
 
 
@@ -45,6 +46,8 @@ class Commits:
 
     def __init__(self, folder: Path, every_steps: int, writes: bool) -> None:
         self._store = Store(folder, keep=1)
+        if writes:
+            self._store.tidy(sys.maxsize)  # of what those before have left unfinished
         self._every_steps = every_steps
         self._writer = BackgroundWriter(self._store) if writes else None
         self._progress = os.open(folder / _PROGRESS, os.O_WRONLY | os.O_CREAT, 0o600) if writes else -1
@@ -119,6 +122,11 @@ def bring_to_disk(folder: Path, run_dir: Path) -> None:
         raise CheckpointError(
             f"{run_dir}: cannot write the last commit: {error.strerror}; the checkpoint before it is kept"
         ) from None
+
+
+def supervised() -> bool:
+    """Whether ranks are started again when some have died."""
+    return FOLDER in os.environ
 
 
 def open_commits(every_steps: int, writes: bool) -> Optional[Commits]:

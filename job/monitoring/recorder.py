@@ -24,6 +24,7 @@ class Recorder:
         self._window_started = time.perf_counter()
         self._last: dict[str, dict[str, Any]] = {}  # the record of the last evaluation, by split
         self._best: dict[str, Any] = {}
+        self._unsafe: list[Record] = []  # that a host may take with it when it dies
 
     def train(self, step: int, epoch: int, totals: Totals, learning_rate: float, **vitals: Any) -> None:
         """Record the training samples since the last call, after ``step`` steps of the run, and what else is known.
@@ -120,6 +121,18 @@ class Recorder:
         """Have the records outlive a loss of power: a checkpoint is about to count on them."""
         for writer in self.writers:
             writer.sync()
+        self._unsafe = []
+
+    def on_disk(self, step: int) -> int:
+        """Up to which step the records of a run that goes on after ``step`` are sure to be on the disk."""
+        return self._unsafe[0]["step"] - 1 if self._unsafe else step
+
+    def go_on(self, writers: Sequence[Writer]) -> None:
+        """Write to ``writers`` from now on; what may not have reached the disk, anew."""
+        self.writers = writers
+        for record in self._unsafe:
+            for writer in writers:
+                writer.rewrite(record)
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the records yet, and what the summary will say."""
@@ -130,6 +143,7 @@ class Recorder:
             "window_seconds": time.perf_counter() - self._window_started,
             **{f"last_{split}": record for split, record in self._last.items()},
             "best": self._best,
+            "unsafe": list(self._unsafe),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,10 +153,13 @@ class Recorder:
         self._window_started = time.perf_counter() - state["window_seconds"]
         self._last = {split: state[f"last_{split}"] for split in ("validation", "test") if state.get(f"last_{split}")}
         self._best = state["best"]
+        self._unsafe = list(state.get("unsafe", ()))
 
     def _write(self, **record: Any) -> None:
+        record["ranks"] = self._ranks
+        self._unsafe.append(record)
         for writer in self.writers:
-            writer.write({**record, "ranks": self._ranks})
+            writer.write(record)
 
 
 def merit(record: Record) -> float:

@@ -24,6 +24,9 @@ class Writer:
     def write(self, record: Record) -> None:
         """Add a record."""
 
+    def rewrite(self, record: Record) -> None:
+        """Add a record that an earlier process may have lost. Who has seen it need not see it again."""
+
     def sync(self) -> None:
         """Have what was written outlive a loss of power: a checkpoint is about to count on it."""
 

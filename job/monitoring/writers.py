@@ -54,6 +54,9 @@ class OnDisk(Writer):
         with told(self._folder):
             self._writer.write(record)
 
+    def rewrite(self, record: Record) -> None:
+        self.write(record)
+
     def sync(self) -> None:
         with told(self._folder):
             self._writer.sync()

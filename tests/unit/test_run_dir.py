@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,16 @@ def test_a_folder_in_use_is_refused_by_the_name_of_who_uses_it_until_it_is_free(
             refuse(config(tmp_path, overwrite=True))
     lock.close()
     run_dir.claim(config(tmp_path, overwrite=True)).close()
+
+
+def test_whoever_takes_over_waits_for_a_folder_in_use(tmp_path: Path) -> None:
+    lock = run_dir.claim(config(tmp_path))
+    with pytest.raises(UsageError, match="in use by process"):
+        run_dir.claim(config(tmp_path, overwrite=True), patience_seconds=0.2)
+    soon = threading.Timer(0.3, lock.close)
+    soon.start()
+    run_dir.claim(config(tmp_path, overwrite=True), patience_seconds=60).close()
+    soon.join()
 
 
 @pytest.mark.parametrize("rest", ["step-00000007.partial", "step-00000007.old.partial"])

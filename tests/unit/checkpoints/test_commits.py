@@ -110,6 +110,14 @@ def test_only_one_rank_of_a_host_writes(memory: Path) -> None:
     assert list(memory.iterdir()) == []
 
 
+def test_what_a_killed_writer_has_left_is_removed_on_every_host(memory: Path) -> None:
+    for name in ("step-00000007", "step-00000009.partial"):
+        (memory / name).mkdir()
+    Commits(memory, 1, writes=True).close()
+    assert not (memory / "step-00000009.partial").exists()
+    assert (memory / "step-00000007").exists()
+
+
 def test_nobody_commits_where_nobody_supervises(monkeypatch: pytest.MonkeyPatch, memory: Path) -> None:
     monkeypatch.delenv(commits.FOLDER, raising=False)
     assert commits.open_commits(1, True) is None

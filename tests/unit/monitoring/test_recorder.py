@@ -162,6 +162,37 @@ def test_every_writer_receives_every_record(memory: Memory, clock: Clock) -> Non
     assert len(memory.records) == 2
 
 
+def test_what_a_lost_host_had_recorded_since_the_last_checkpoint_another_one_records_again(
+    memory: Memory, clock: Clock
+) -> None:
+    lost, other = Recorder([memory]), Recorder()  # rank 0, and a rank that has no writers
+    for step in range(1, 5):
+        clock.now += 1
+        for rank in (lost, other):
+            rank.train(step, 0, Totals(1.0 * step, 1.0, 1.0), 0.1)
+            if step == 2:
+                rank.sync()
+    successor, rewritten = Recorder(), Rewritten()
+    successor.load_state_dict(json.loads(json.dumps(other.state_dict())))
+    assert successor.on_disk(4) == 2
+    successor.go_on([rewritten])
+    assert rewritten.again == memory.records[2:]
+    assert [record["step"] for record in rewritten.again] == [3, 4]
+    assert rewritten.records == [], "who has seen them need not see them again"
+    successor.sync()
+    assert successor.on_disk(4) == 4
+    assert successor.state_dict()["unsafe"] == []
+
+
+class Rewritten(Memory):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[dict[str, Any]] = []
+
+    def rewrite(self, record: dict[str, Any]) -> None:
+        self.again.append(record)
+
+
 def test_a_rank_without_writers_records_in_silence(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = Recorder([])
     clock.now += 1
