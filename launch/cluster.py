@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -34,9 +34,13 @@ from horovod.runner.util.network import get_local_host_addresses
 from rich.console import Console
 
 from job import command
+from job.config import Config
 from job.errors import JobError, UsageError
+from launch.elastic.supervisor import Supervisor, plan
 from launch.hosts import checks, hostfile
+from launch.hosts.ground import HostGround
 from launch.hosts.hostfile import Host
+from launch.hosts.roster import Roster, discover
 from launch.hosts.ssh import Ssh
 from launch.hosts.supervise import SILENCE_SECONDS, Job, Site
 from launch.shared.arguments import with_auto_resume
@@ -51,6 +55,8 @@ _ALLOWED = re.compile(
 )
 
 _GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")  # where -x names them, they hold on the hosts too
+_ELASTIC_SILENCE_SECONDS = 10.0  # for an agent to take the launcher for dead, where others go on without that host
+_ELASTIC_ALIVE_SECONDS = 2  # see Ssh
 _RESOLVE_SECONDS = 5.0  # for all names together
 
 _DESCRIPTION = """Train on several machines, over ssh.
@@ -58,6 +64,7 @@ _DESCRIPTION = """Train on several machines, over ssh.
   launch/cluster.sh hosts                                          the default run, on all hosts
   launch/cluster.sh hosts --config configs/smoke.yaml run.dir=/shared/runs/first
   launch/cluster.sh -p 2222 -np 8 hosts train.epochs=10            eight ranks; the first hosts are filled first
+  launch/cluster.sh --min-np 2 hosts                               goes on when a rank or a host dies
 
 HOSTFILE is a file with one host on each line: `host`, `host slots=N` or `host:N`. N is the number of ranks there.
 Without N a host gets one rank for each GPU, or one rank if it has no GPU. `#` begins a comment.
@@ -76,6 +83,11 @@ connection, and no command line shows them.
 To continue a run that was stopped, give the same command again: it adds run.resume=auto, unless your arguments have
 run.resume or run.overwrite. SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after their step, with a checkpoint. A second
 signal ends them at once. If a rank, a host, a link or this launcher dies, everything else ends too.
+
+With --min-np N the job goes on instead, with as many ranks as there are places then, and ends with the same bits
+(docs/elastic.md). Hosts may join: HOSTFILE is read again and again, or SCRIPT is run. A host that is not fit is left
+out. A host leaves when the list is without it, or at SIGTERM to launch/hosts/agent.py there. run.dir must be on a file
+system that all hosts share; if it is not, the job ends when the host of rank 0 is lost.
 
 exit codes: 0 done; 1 failed, or a host is not fit; 2 bad configuration or usage, nothing was started; 75 preempted, a
 checkpoint is written; 130 or 143 stopped by a signal, without a checkpoint
@@ -106,8 +118,19 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     options = _parser().parse_args(arguments)
     _require_variables(options.forward)
     _require_file("-i", options.ssh_identity_file)
+    _require_file("--discover", options.discover)
+    _require_consistent(options)
     options.arguments = with_auto_resume(options.arguments)
     return options
+
+
+def _require_consistent(options: argparse.Namespace) -> None:
+    if not options.min_np and (options.max_np or options.discover):
+        raise UsageError("--max-np and --discover are for jobs that go on when ranks die: give --min-np N too")
+    if options.max_np and options.np:
+        raise UsageError("-np and --max-np say the same with --min-np: give one of them")
+    if options.min_np and options.min_np > (options.max_np or options.np or options.min_np):
+        raise UsageError(f"--min-np {options.min_np} is more than there may be ranks, {options.max_np or options.np}")
 
 
 def _require_variables(names: Iterable[str]) -> None:
@@ -138,6 +161,19 @@ def _parser() -> _Parser:
     add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
     add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
     add("--dry-run", action="store_true", help="print the commands, contact no host")
+
+    add = parser.add_argument_group("a job that goes on when ranks or hosts die, and that hosts may join").add_argument
+    add("--min-np", type=_positive, metavar="N", help="go on as long as N ranks can")
+    add(
+        "--max-np", type=_positive, metavar="M", help="ranks at most (default: -np, or all slots, at least data.shards)"
+    )
+    add(
+        "--discover",
+        type=Path,
+        metavar="SCRIPT",
+        help="a program that prints the hosts, in the forms of HOSTFILE; it is run again and again, and HOSTFILE only"
+        " says where to begin",
+    )
 
     add = parser.add_argument_group("how hosts are reached").add_argument
     add("-p", "--ssh-port", type=_positive, metavar="PORT", help="port of sshd on all hosts")
@@ -208,13 +244,11 @@ def sites(
     network: Mapping[str, Mapping[str, str]],
 ) -> list[Site]:
     """What is started on each host, and what it is sent; ``network`` holds the variables that differ between hosts."""
-    agent = [sys.executable, str(ROOT / "launch" / "hosts" / "agent.py")]
-    here = [*as_after_login(), *agent]
     passed = environment(options.forward, os.environ)
     return [
         Site(
             host,
-            here if host in local else ssh.command(host, agent),
+            start_of_agent(host, ssh, local),
             {
                 "directory": os.getcwd(),
                 "command": [sys.executable, str(ROOT / "job" / "train.py"), *options.arguments],
@@ -226,6 +260,12 @@ def sites(
         )
         for host, slots in placed.items()
     ]
+
+
+def start_of_agent(host: str, ssh: Ssh, local: Container[str]) -> list[str]:
+    """The words that start the agent of a host, from here."""
+    agent = [sys.executable, str(ROOT / "launch" / "hosts" / "agent.py")]
+    return [*as_after_login(), *agent] if host in local else ssh.command(host, agent)
 
 
 def as_after_login() -> list[str]:
@@ -311,6 +351,26 @@ def check_hosts(
         JobError: a host is not fit; all that is wrong is told.
     """
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
+    with Console(stderr=True).status(f"asking {len(asked)} hosts"):
+        answers, problems = examine(options, ssh, asked, local, config)
+    gpus = {answer.host: answer.gpus for answer in answers}
+    placed = {host: len(slots) for host, slots in allocate(hosts, options.np, gpus).items()}
+    show(options, answers, placed, problems)
+    failures = [str(problem) for problem in problems if not problem.warning]
+    if failures:
+        raise JobError("not started:\n" + "\n".join(f"  {failure}" for failure in failures))
+    return answers
+
+
+def examine(
+    options: argparse.Namespace,
+    ssh: Ssh,
+    asked: Sequence[Host],
+    local: set[str],
+    config: Mapping[str, Any],
+    before: Sequence[checks.Answer] = (),
+) -> tuple[list[checks.Answer], list[checks.Problem]]:
+    """What the hosts say, and what is wrong with them, beside those that have answered ``before``."""
     run_dir = Path(os.getcwd(), config["run"]["dir"])
     counted = {name: os.environ[name] for name in _GPUS if name in options.forward}
     question = checks.Question(sys.executable, ROOT, Path(os.getcwd()), run_dir, options.arguments, counted)
@@ -321,23 +381,30 @@ def check_hosts(
         for host in asked
     }
     ranks = {host.name: host.slots for host in asked}
-    with Console(stderr=True).status(f"asking {len(asked)} hosts"):
-        answers = checks.ask_all(commands, question, options.check_timeout, ranks)
-    checks.place(answers, local)
-    problems = checks.judge(answers, ROOT)
-    problems += checks.judge_network(answers, options.network_interface, own_addresses(), options.launcher_address)
-    gpus = {answer.host: answer.gpus for answer in answers}
-    placed = {host: len(slots) for host, slots in allocate(hosts, options.np, gpus).items()}
+    answers = checks.ask_all(commands, question, options.check_timeout, ranks)
+    together = [*before, *answers]
+    checks.place(together, local)
+    problems = checks.judge(together, ROOT)
+    problems += checks.judge_network(together, options.network_interface, own_addresses(), options.launcher_address)
+    known = {answer.host for answer in before}
+    # What the others said of the checkpoints in run.dir is old: that a host sees those, its agent says.
+    stale = {"run.dir"} if known else {""}
+    return answers, [problem for problem in problems if problem.host not in known and problem.field not in stale]
+
+
+def show(
+    options: argparse.Namespace,
+    answers: Sequence[checks.Answer],
+    placed: Mapping[str, int],
+    problems: Sequence[checks.Problem],
+) -> None:
+    """Print the table of hosts, and the warnings."""
     chosen = checks.interfaces(answers, options.network_interface)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(checks.table(answers, placed, chosen, problems))
     for problem in problems:
         if problem.warning:
             print(f"warning: {problem}", flush=True)
-    failures = [str(problem) for problem in problems if not problem.warning]
-    if failures:
-        raise JobError("not started:\n" + "\n".join(f"  {failure}" for failure in failures))
-    return answers
 
 
 def start_rendezvous(placed: Mapping[str, list[SlotInfo]]) -> int:
@@ -366,20 +433,81 @@ def network_variables(
     }
 
 
+def reached_by(options: argparse.Namespace) -> Ssh:
+    """How hosts are reached."""
+    pinned = options.pin_host_keys and options.pin_host_keys.absolute()
+    return Ssh(options.ssh_port, options.ssh_identity_file, pinned)
+
+
+def _require_ssh(hosts: Sequence[Host], local: set[str]) -> None:
+    if not shutil.which("ssh") and {host.name for host in hosts} - local:
+        raise JobError("there is no ssh on PATH, by which hosts are reached: apt-get install openssh-client")
+
+
+def launch_elastic(options: argparse.Namespace, hosts: Sequence[Host]) -> int:
+    """The same, for a job that goes on when ranks or hosts die, and that hosts may join."""
+    local, ssh = own_hosts(hosts), reached_by(options)._replace(alive_seconds=_ELASTIC_ALIVE_SECONDS)
+    slots = sum(host.slots or 1 for host in hosts)
+    most = options.max_np or options.np
+    values = resolve_config(options.arguments, most or slots, hosts[0].name in local)
+    config = Config.model_validate(values)
+    most = most or max(slots, config.data.shards)
+    begin, lasting = plan(options.arguments, config, most)
+    train = [sys.executable, str(ROOT / "job" / "train.py"), *lasting]
+    passed = environment(options.forward, os.environ)
+    if options.dry_run:
+        print_commands(sites(options, ssh, local, allocate(hosts, None, {}), {}), options.forward)
+        return 0
+    _require_ssh(hosts, local)
+
+    def site(answer: checks.Answer) -> Site:
+        settings = {
+            "stay": True, "directory": os.getcwd(), "run_dir": str(config.run.dir), "command": [], "environment": {},
+            "ranks": [], "silence_seconds": _ELASTIC_SILENCE_SECONDS, "grace_seconds": options.stop_timeout,
+        }  # fmt: skip
+        return Site(answer.host, start_of_agent(answer.host, ssh, local), settings)
+
+    def take_in(asked: Sequence[Host], before: Sequence[checks.Answer]) -> checks.Found:
+        local.update(own_hosts(asked))
+        return examine(options, ssh, asked, local, values, before)
+
+    def read() -> list[Host]:
+        return discover(options.discover) if options.discover else hostfile.read(options.hostfile)
+
+    def network(answers: Sequence[checks.Answer], port: int) -> dict[str, dict[str, str]]:
+        checks.place(answers, local)
+        return network_variables(answers, options, port)
+
+    roster = Roster(read, take_in, hosts, _say, config.elastic.cooldown_seconds)
+    with Console(stderr=True).status(f"asking {len(hosts)} hosts"):
+        answers, problems = roster.take_in(hosts)
+    show(options, answers, {name: roster.slots(name) for name in roster.fit()}, problems)
+    if options.check or not roster.fit():
+        return 0 if roster.fit() else 1
+    roster.keep()
+    ground = HostGround(roster, site, network, {"command": train, "environment": passed}, _say)
+    return Supervisor(ground, begin, config, options.min_np, most).run()
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"launch/cluster.sh: {message}", file=sys.stderr, flush=True)
+
+
 def launch(options: argparse.Namespace) -> int:
     """Check the configuration, then the hosts, then run the job. Returns the exit code."""
     hosts = hostfile.read(options.hostfile)
+    if options.min_np:
+        return launch_elastic(options, hosts)
     placed = allocate(hosts, None if _open(hosts) else options.np, {})
     local = own_hosts(hosts)
     ranks = options.np or sum(map(len, placed.values()))
     config = resolve_config(options.arguments, ranks, hosts[0].name in local)
-    pinned = options.pin_host_keys and options.pin_host_keys.absolute()
-    ssh = Ssh(options.ssh_port, options.ssh_identity_file, pinned)
+    ssh = reached_by(options)
     if options.dry_run:
         print_commands(sites(options, ssh, local, placed, {}), options.forward)
         return 0
-    if not shutil.which("ssh") and {host.name for host in hosts} - local:
-        raise JobError("there is no ssh on PATH, by which hosts are reached: apt-get install openssh-client")
+    _require_ssh(hosts, local)
     answers = check_hosts(options, ssh, hosts, local, config)
     if options.check:
         return 0

@@ -237,12 +237,13 @@ class Supervisor:
             if self._signals and not asked:
                 asked = True
                 self._say("stopping after this step, with a checkpoint; a second signal stops at once")
-                gang.signal(signal.SIGTERM)
+                if not change:  # for which they stop already; a second signal would end them at once
+                    gang.signal(signal.SIGTERM)
             elif self._trains and not asked and not change:
                 self._ground.prepare()
                 if not ended and (change := self._wanted(gang)):
                     gang.signal(signal.SIGTERM)
-        return ended, change
+        return ended + gang.ended(), change
 
     @property
     def _trains(self) -> bool:

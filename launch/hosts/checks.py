@@ -102,6 +102,9 @@ class Answer:
     clock_ahead_seconds: float = 0.0  # at least; 0 if it may be right
 
 
+Found = tuple[list[Answer], list[Problem]]  # what hosts have said, and what is wrong with them
+
+
 def ask_all(
     commands: Mapping[str, Sequence[str]], question: Question, timeout: float, ranks: Mapping[str, Optional[int]] = {}
 ) -> list[Answer]:
@@ -318,11 +321,11 @@ def _short(commit: Optional[str]) -> str:
 
 
 def place(answers: Sequence[Answer], local: set[str]) -> None:
-    """Give the hosts that were asked without ssh the address by which the others see them."""
-    seen = next((answer.launcher for answer in answers if answer.launcher), "127.0.0.1")
+    """Give the hosts that were asked without ssh the address by which the others see them, or saw them before."""
+    seen = next((answer.launcher for answer in answers if answer.launcher and answer.host not in local), "")
     for answer in answers:
         if answer.host in local:
-            answer.address = answer.launcher = seen
+            answer.address = answer.launcher = seen or answer.launcher or "127.0.0.1"
 
 
 def interfaces(answers: Sequence[Answer], wanted: Sequence[str]) -> dict[str, str]:

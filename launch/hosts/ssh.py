@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-# Never ask: nobody is there to answer for each of many hosts. Notice within 15 s that a host no longer answers. A
-# connection of its own for each host: a shared one (ControlMaster) would die with whoever else uses it.
+# Never ask: nobody is there to answer for each of many hosts. A connection of its own for each host: a shared one
+# (ControlMaster) would die with whoever else uses it.
 _OPTIONS = (
-    "BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3", "ControlPath=none",
+    "BatchMode=yes", "ConnectTimeout=10", "ServerAliveCountMax=3", "ControlPath=none",
     "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "LogLevel=ERROR",
 )  # fmt: skip
 
@@ -24,15 +24,17 @@ class Ssh(NamedTuple):
         port: of sshd; None for what the ssh settings say.
         identity_file: the private key; None for what the ssh settings say.
         pinned: file with the only host keys to believe. A host that it does not hold is added when it is first asked.
+        alive_seconds: between questions whether a host is there. One that does not answer three is lost.
     """
 
     port: Optional[int] = None
     identity_file: Optional[Path] = None
     pinned: Optional[Path] = None
+    alive_seconds: int = 5
 
     def command(self, host: str, remote: Sequence[str], first_contact: bool = False) -> list[str]:
         """The words of a command that has a shell on ``host`` run ``remote``, a command that needs no terminal."""
-        options = [*_OPTIONS, *self._host_key_options(first_contact)]
+        options = [*_OPTIONS, f"ServerAliveInterval={self.alive_seconds}", *self._host_key_options(first_contact)]
         words = ["ssh", "-T", *(f"-o{option}" for option in options)]
         if self.port:
             words += ["-p", str(self.port)]

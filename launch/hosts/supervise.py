@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, Optional
 
 from job.errors import Preempted
@@ -43,12 +43,16 @@ class Site(NamedTuple):
 class Event:
     """Something that a thread or a signal handler tells the supervisor."""
 
-    kind: str  # line, code, lost, signal
+    kind: str  # line, code, lost, signal, said
     host: str = ""
     rank: int = -1
     number: int = 0  # the exit code, or the signal
     text: str = ""
     stream: str = "stdout"
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+
+_NEWS = {"progress", "ended", "leaving", "commit", "saved"}  # of an agent that stays
 
 
 class Link:
@@ -59,6 +63,7 @@ class Link:
         self.over = False
         self._tell = tell
         self._last_error = ""
+        self._beat_seconds = min(BEAT_SECONDS, site.plan["silence_seconds"] / 5)
         # A session of its own: Ctrl-C must not end the connection over which the ranks are asked to stop.
         self._process = subprocess.Popen(
             site.command,
@@ -67,7 +72,7 @@ class Link:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._words: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
         self.send(json.dumps(site.plan))
         threading.Thread(target=self._write, daemon=True).start()
         threading.Thread(target=self._read, daemon=True).start()
@@ -75,6 +80,10 @@ class Link:
     def send(self, word: str) -> None:
         """Tell the agent something. Never waits: a host that does not read must not stop the others."""
         self._words.put(word)
+
+    def close(self) -> None:
+        """Nothing more will be said: an agent that stays, leaves."""
+        self._words.put(None)
 
     def abandon(self) -> None:
         """Give up the connection."""
@@ -86,9 +95,12 @@ class Link:
         try:
             while not self.over:
                 try:
-                    word = self._words.get(timeout=BEAT_SECONDS)
+                    word = self._words.get(timeout=self._beat_seconds)
                 except queue.Empty:
                     word = "here"
+                if word is None:
+                    pipe.close()
+                    return
                 pipe.write(word.encode() + b"\n")
                 pipe.flush()
         except OSError:
@@ -115,6 +127,8 @@ class Link:
             self._last_error = said["error"]
         elif "code" in said:
             self._tell(Event("code", host, rank, said["code"]))
+        elif _NEWS & said.keys():
+            self._tell(Event("said", host, said=said))
         elif "text" in said:
             self._tell(Event("line", host, rank, text=said["text"], stream=said["stream"]))
 
@@ -198,11 +212,7 @@ class Job:
             self._due.append((end, later))
 
     def _on_line(self, event: Event) -> None:
-        where = f"{event.rank} {event.host}" if event.rank >= 0 else event.host
-        try:
-            print(f"[{where}] {event.text}", file=getattr(sys, event.stream), flush=True)
-        except OSError:  # nobody reads it any more
-            sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+        if not print_line(event):
             self._on_signal(Event("signal", number=signal.SIGHUP))
 
     def _on_code(self, event: Event) -> None:
@@ -219,9 +229,7 @@ class Job:
         missing = [rank for rank in link.site.ranks if rank not in self._codes]
         if missing:
             ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            silent = "the connection broke" if event.number == _SSH_FAILED else f"its agent {_ending(event.number)}"
-            why = event.text or silent
-            self._blame(Cause(0 if self._killing else 2, 1, f"{event.host} ({ranks}) was lost: {why}"))
+            self._blame(Cause(0 if self._killing else 2, 1, f"{event.host} ({ranks}) was lost: {why_lost(event)}"))
 
     def _blame(self, cause: Cause) -> None:
         """Note the cause; the first one ends the job everywhere."""
@@ -258,6 +266,24 @@ class Job:
         if self._signal:
             return 128 + (signal.SIGINT if self._signal == signal.SIGINT else signal.SIGTERM)
         return cause.code if cause.code == 2 else 1
+
+
+def print_line(event: Event) -> bool:
+    """What a rank or a host wrote, with its name. Whether anybody reads it."""
+    where = f"{event.rank} {event.host}" if event.rank >= 0 else event.host
+    try:
+        print(f"[{where}] {event.text}", file=getattr(sys, event.stream), flush=True)
+        return True
+    except OSError:
+        sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+        return False
+
+
+def why_lost(event: Event) -> str:
+    """Of a connection that has ended."""
+    return event.text or (
+        "the connection broke" if event.number == _SSH_FAILED else f"its agent {_ending(event.number)}"
+    )
 
 
 def _ending(code: int) -> str:

@@ -55,6 +55,7 @@ hostname {name}
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh /etc/ssh
 mount --bind {folder}/shadow /etc/shadow
+mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd
 ip link set lo up
 exec {sshd} -D -e -f {folder}/sshd.{name}

@@ -133,6 +133,34 @@ def test_an_agent_that_was_itself_paused_still_hears_a_launcher_that_was_paused_
     assert agent_module.Agent(words)._hears()
 
 
+def test_an_agent_that_stays_starts_ranks_again_and_tells_what_it_has(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    agent = start("", ranks=0, stay=True, run_dir="run", directory=str(tmp_path))
+    agent.send("look")
+    assert agent.say() == {"commit": -1, "checkpoint": 3}
+    commit = "mkdir $JOB_COMMITS/step-00000007; echo 5 7 > $JOB_COMMITS/progress; echo $JOB_COMMITS"
+    for script in (f"{commit}; {WILLING}", "exit 3"):
+        agent.send(json.dumps({"command": ["bash", "-c", script], "ranks": [{"HOROVOD_RANK": "1"}]}))
+        said = []
+        while {"ended": True} not in said:
+            said.append(agent.say())
+            if said[-1].get("text") == "ready":
+                agent.send("look")
+            if "commit" in said[-1]:
+                assert said[-1] == {"commit": 7, "checkpoint": 3}
+                agent.process.terminate()  # as the machine does when it goes down
+            if "leaving" in said[-1]:
+                agent.send("term")
+        assert {"rank": 1, "code": 3 if script == "exit 3" else 75} in said
+        if script != "exit 3":
+            assert {"progress": [5, 7]} in said and {"leaving": True} in said
+            memory = Path(next(word["text"] for word in said if "text" in word))
+    assert memory.exists()
+    agent.process.stdin.close()
+    assert agent.rest() == []
+    assert not memory.exists()
+
+
 def test_what_a_rank_leaves_behind_is_ended_with_it(start: Any) -> None:
     agent = start("sleep 1000 & echo $!")
     left = psutil.Process(int(agent.say()["text"]))

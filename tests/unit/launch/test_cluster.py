@@ -109,6 +109,10 @@ def test_a_run_goes_on_unless_told_otherwise(given: str) -> None:
         (["--wrong", "hosts"], "--wrong"),
         (["-x", "NO_SUCH_VARIABLE", "hosts"], "-x NO_SUCH_VARIABLE: there is no such variable"),
         (["-i", "/no/such/key", "hosts"], "/no/such/key: there is no such file"),
+        (["--max-np", "3", "hosts"], "give --min-np N too"),
+        (["--min-np", "1", "--discover", "/no/such/script", "hosts"], "/no/such/script: there is no such file"),
+        (["--min-np", "4", "--max-np", "3", "hosts"], "--min-np 4 is more than there may be ranks, 3"),
+        (["--min-np", "1", "-np", "2", "--max-np", "3", "hosts"], "give one of them"),
     ],
 )
 def test_wrong_usage_is_told(words: list[str], message: str) -> None:
