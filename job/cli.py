@@ -10,6 +10,7 @@ from typing import NoReturn, Optional
 
 from job import run_dir
 from job.checkpoints import resume
+from job.checkpoints.commits import TAKEOVER_SECONDS, supervised
 from job.config import DEFAULT_FILE, Config, choices_of, default_of, fields, from_home, load_config, written
 from job.distributed.placement import placement
 from job.errors import DataError, UsageError
@@ -63,6 +64,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> Config:
     config = load_config(options.config, options.overrides)
     require_samples(config, placement().size, config.data.global_batch_of(placement().size))
     if placement().rank == 0:
+        if supervised():
+            run_dir.wait_until_free(config.run.dir, TAKEOVER_SECONDS)
         run_dir.check(config)
         resume.check(config, placement().size)
     warnings = preflight.check(config) if placement().local_rank == 0 else []

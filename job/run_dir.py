@@ -77,18 +77,21 @@ def _check(config: Config) -> None:
         )
 
 
-def claim(config: Config, patience_seconds: float = 0.0) -> IO[str]:
-    """Check the folder, lock it, empty it unless its run is to be gone on with, and write the resolved config.
-
-    While another process is using it, wait for so long: it may be on a host that was cut off, and about to end. Only
-    files of an earlier run are removed, and nothing else. Returns the lock, which is held until it is closed or
-    the process ends, however it ends.
-    """
-    folder = config.run.dir
+def wait_until_free(folder: Path, patience_seconds: float) -> None:
+    """Wait while another process is using the folder: it may be on a host that was cut off, and about to end."""
     end = time.monotonic() + patience_seconds
     while time.monotonic() < end and _in_use(folder):
         time.sleep(_POLL_SECONDS)
+
+
+def claim(config: Config) -> IO[str]:
+    """Check the folder, lock it, empty it unless its run is to be gone on with, and write the resolved config.
+
+    Only files of an earlier run are removed, and nothing else. Returns the lock, which is held until it is closed or
+    the process ends, however it ends.
+    """
     check(config)
+    folder = config.run.dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  (held as long as we live)

@@ -34,7 +34,6 @@ from mxnet import Context
 from mxnet.gluon import HybridBlock
 
 from job import run_dir
-from job.checkpoints.commits import TAKEOVER_SECONDS, supervised
 from job.checkpoints.resume import goes_on, open_checkpoints
 from job.checkpoints.state import RunState
 from job.config import Config
@@ -137,8 +136,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
 def main(config: Optional[Config] = None) -> None:
     """Parse, unless that is done, join the other ranks, train, leave together."""
     config = config or parse()
-    patience_seconds = TAKEOVER_SECONDS if supervised() else 0.0
-    lock = run_dir.claim(config, patience_seconds) if placement().rank == 0 else None  # noqa: F841  (held for life)
+    lock = run_dir.claim(config) if placement().rank == 0 else None  # noqa: F841  (held as long as the process lives)
     groups = config.model.sync_batch_norm_group is not None
     comm = connect(config.run.step_timeout_seconds, timeline=bool(config.run.profiled), subsets=groups)
     with peer_errors():

@@ -286,11 +286,13 @@ def test_a_folder_in_use_is_refused_by_the_name_of_who_uses_it_until_it_is_free(
 
 def test_whoever_takes_over_waits_for_a_folder_in_use(tmp_path: Path) -> None:
     lock = run_dir.claim(config(tmp_path))
+    run_dir.wait_until_free(config(tmp_path).run.dir, patience_seconds=0.2)
     with pytest.raises(UsageError, match="in use by process"):
-        run_dir.claim(config(tmp_path, overwrite=True), patience_seconds=0.2)
+        run_dir.check(config(tmp_path, overwrite=True))
     soon = threading.Timer(0.3, lock.close)
     soon.start()
-    run_dir.claim(config(tmp_path, overwrite=True), patience_seconds=60).close()
+    run_dir.wait_until_free(config(tmp_path).run.dir, patience_seconds=60)
+    run_dir.check(config(tmp_path, overwrite=True))
     soon.join()
 
 
