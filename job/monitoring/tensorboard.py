@@ -54,7 +54,7 @@ _LAYOUT = {
         ],
         "seconds of a step spent waiting": ["Multiline", ["ranks/wait_seconds/.*"]],
         "images per second of own time": ["Multiline", ["ranks/images_per_second/.*"]],
-        "memory": ["Multiline", ["memory/rss_bytes/.*"]],
+        "memory": ["Multiline", ["memory/.*"]],
     },
 }  # fmt: skip
 _COMPARED = ("model.", "optimizer.", "schedule.", "train.", "data.global_batch", "data.batch_per_rank", "run.seed")
@@ -263,7 +263,7 @@ def scalars(record: Record, classes: Sequence[str] = FASHION_MNIST.classes) -> I
             yield f"{_GROUPS.get(name, split)}/{name}", value
     for name, value in record.get("pace", {}).items():
         if isinstance(value, list):
-            group = "memory" if name == "rss_bytes" else "ranks"
+            group = "memory" if name.endswith("_bytes") else "ranks"
             yield from ((f"{group}/{name}/{rank}", of_rank) for rank, of_rank in enumerate(value))
         else:
             yield f"throughput/{name}", value

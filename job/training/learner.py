@@ -116,7 +116,7 @@ class Learner:
         self.comm = comm
         self.feed = feed
         self.meter = Meter()
-        self.pace = Pace(comm)
+        self.pace = Pace(comm, feed.ctx)
         self._clip_norm = config.train.clip_gradient_norm
         self._micros = config.train.accumulate_steps
         self._seed = config.run.seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Optional
 
+import mxnet as mx
 import numpy as np
 import psutil
 import pytest
@@ -31,7 +32,7 @@ class Waits(Comm):
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
         self.blocked_seconds += 1000  # outside of any step
-        return values if self._other is None else values + np.array([[0.0] * 5, self._other])
+        return values if self._other is None else values + np.array([[0.0] * 6, self._other])
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def step(pace: Pace, clock: Clock, own: float, in_sums: float = 0.0, for_gradien
 
 
 def test_what_is_not_waited_for_others_is_the_ranks_own_time(clock: Clock) -> None:
-    watched = Pace(Waits())
+    watched = Pace(Waits(), mx.cpu())
     watched.start()
     step(watched, clock, own=0.5, in_sums=0.25, for_gradients=0.125)
     step(watched, clock, own=0.75, in_sums=0.25)
@@ -59,7 +60,7 @@ def test_what_is_not_waited_for_others_is_the_ranks_own_time(clock: Clock) -> No
 
 
 def test_what_happens_between_steps_is_no_part_of_them(clock: Clock) -> None:
-    watched = Pace(Waits())
+    watched = Pace(Waits(), mx.cpu())
     for _ in range(2):
         clock.now += 50  # an evaluation
         watched.start()
@@ -70,7 +71,15 @@ def test_what_happens_between_steps_is_no_part_of_them(clock: Clock) -> None:
 
 
 def test_the_ranks_lie_side_by_side(clock: Clock) -> None:
-    watched = Pace(Waits(other=[4.0, 8.0, 2.0, 400.0, 7.0]))  # steps, own seconds, seconds waited, images, bytes
+    other = [
+        4.0,
+        8.0,
+        2.0,
+        400.0,
+        7.0,
+        0.0,
+    ]  # steps, own seconds, seconds waited, images, bytes of its own and of a GPU
+    watched = Pace(Waits(other), mx.cpu())
     watched.start()
     step(watched, clock, own=0.5, in_sums=1.5)
     watched.count(10)
@@ -79,10 +88,17 @@ def test_the_ranks_lie_side_by_side(clock: Clock) -> None:
     assert gathered["wait_seconds"] == [1.5, 0.5]
     assert gathered["images_per_second"] == [20.0, 50.0]
     assert gathered["rss_bytes"][1] == 7
+    assert "gpu_bytes" not in gathered
+
+
+def test_the_memory_of_each_ranks_gpu_lies_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.context, "gpu_memory_info", lambda number: (300, {2: 1000}[number]))
+    gathered = Pace(Waits([0.0] * 5 + [9.0]), mx.gpu(2)).gather()
+    assert gathered["gpu_bytes"] == [700, 9]
 
 
 def test_the_percentiles_are_numpys(clock: Clock) -> None:
-    watched = Pace(Waits())
+    watched = Pace(Waits(), mx.cpu())
     watched.start()
     for own in range(1, 101):
         step(watched, clock, own=own)
@@ -92,7 +108,7 @@ def test_the_percentiles_are_numpys(clock: Clock) -> None:
 
 
 def test_without_a_step_there_is_nothing_to_divide_by(clock: Clock) -> None:
-    gathered = Pace(Waits()).gather()
+    gathered = Pace(Waits(), mx.cpu()).gather()
     assert (gathered["compute_seconds"], gathered["images_per_second"]) == ([0.0], [0.0])
 
 
