@@ -1,8 +1,8 @@
 """MXNet imported in a third of the time, which every rank of a run waits for.
 
 MXNet 1.9.1 writes and compiles the source of a Python function for each of its 2,500 operators when it is imported, of
-which a run uses some fifty. It also loads a library to download with, one to build packages with, and its modules for
-text and for ONNX.
+which a run uses some fifty. It also loads a library to download with, and one to build packages with. Its modules for
+ONNX are loaded all the same: loaded later, after Horovod, onnx has ended the process with a segmentation fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Optional
 
-_UNUSED = ("mxnet.contrib.text", "mxnet.contrib.onnx")
 _MODULE, _MAKERS, _MAKE = "mxnet.base", ("_init_op_module", "_init_np_op_module"), "make_op_func"
 
 Operator = Callable[..., Any]
@@ -37,18 +36,14 @@ def quicken() -> None:
 class _Finder(MetaPathFinder):
     """Finds the module that fills MXNet's namespaces as Python does, and changes it as soon as it has been executed.
 
-    And finds Python's own distutils, by which MXNet compares versions, where setuptools would put its copy; and has
-    modules that a run has no use for executed when anything of them is asked for.
+    And finds Python's own distutils, by which MXNet compares versions, where setuptools would put its copy.
     """
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
     ) -> Optional[ModuleSpec]:
-        changed = fullname in (_MODULE, "distutils", *_UNUSED)
-        spec = PathFinder.find_spec(fullname, path, target) if changed else None
-        if spec and spec.loader and fullname in _UNUSED:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        elif spec and spec.loader and fullname == _MODULE:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in (_MODULE, "distutils") else None
+        if spec and spec.loader and fullname == _MODULE:
             execute = spec.loader.exec_module
 
             def execute_and_change(module: ModuleType) -> None:

@@ -42,9 +42,10 @@ class Change(NamedTuple):
     hosts: Optional[Mapping[str, int]] = None  # with how many ranks each; None on one machine
 
     def __str__(self) -> str:
+        where = " on " + ", ".join(f"{host} ({ranks})" for host, ranks in self.hosts.items()) if self.hosts else ""
         return (
-            f"{self.ranks_before} ranks, then {self.ranks}: {self.why}; {self.replayed_steps} steps computed again,"
-            f" {self.lost_seconds:g} s lost"
+            f"{self.ranks_before} ranks, then {self.ranks}{where}: {self.why};"
+            f" {self.replayed_steps} steps computed again, {self.lost_seconds:g} s lost"
         )
 
 
