@@ -16,11 +16,13 @@ No kernel was ever run on a GPU. What was tested instead: docs/gpu.md.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Protocol
 
@@ -117,6 +119,18 @@ def _tried_kernels(ctx: mx.Context, dtype: str) -> Optional[Kernels]:
         return None
 
 
+@contextlib.contextmanager
+def locale_kept() -> Iterator[None]:
+    """NVRTC leaves its thread with the locale C, in which Python takes text files for ASCII."""
+    use = ctypes.CDLL(None).uselocale
+    use.restype, use.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before = use(None)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 class Kernels:
     """Launches what ``batch_norm.cu`` has, on arrays of a type.
 
@@ -133,7 +147,9 @@ class Kernels:
         source = Path(__file__).with_name("batch_norm.cu").read_text()
         # The oldest GPUs that MXNet has code for; the driver compiles for the one that is there.
         options = ["--gpu-architecture=compute_50", "--std=c++14"]
-        module = mx.rtc.CudaModule(source, [*options, f"-DDATA={data}", f"-DWIDE={wide}", f"-DTHREADS={_THREADS}"])
+        options += [f"-DDATA={data}", f"-DWIDE={wide}", f"-DTHREADS={_THREADS}"]
+        with locale_kept():
+            module = mx.rtc.CudaModule(source, options)
         self._kernels = {
             name: module.get_kernel(name, signature.replace("DATA", data).replace("WIDE", wide))
             for name, signature in re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', source)

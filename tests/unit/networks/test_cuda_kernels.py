@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import locale
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ TARGETS = [
 ]  # fmt: skip
 
 
+ASCII = "ANSI_X3.4-1968"
+
+
 class Compiler:
     """NVRTC, through its C interface."""
 
@@ -36,7 +40,9 @@ class Compiler:
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        error = self._library.nvrtcCompileProgram(program, len(options), given)
+        with queued_passes.locale_kept():
+            error = self._library.nvrtcCompileProgram(program, len(options), given)
+            self.codeset = locale.nl_langinfo(locale.CODESET)
         self._library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         self._library.nvrtcGetProgramLog(program, log)
@@ -64,11 +70,13 @@ def compiler() -> Compiler:
 def test_the_kernels_compile_for_every_gpu_that_mxnet_supports_and_keep_all_in_registers(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, target: str, dtype: str
 ) -> None:
+    before = locale.nl_langinfo(locale.CODESET)
     monkeypatch.setattr(mx.rtc, "CudaModule", Asked)
     queued_passes.Kernels(dtype)
     options = [option.replace("compute_50", target) for option in Asked.last.options]
     error, log = compiler.compile(Asked.last.source, [*options, "--ptxas-options=-v"])
     assert error == 0, log
+    assert (compiler.codeset, locale.nl_langinfo(locale.CODESET)) == (ASCII, before)  # what it does; what is left of it
     compiled = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log)
     kernels = re.findall(r'extern "C" __global__ void (\w+)', Asked.last.source)
     assert sorted(compiled) == sorted((name, target) for name in kernels)
