@@ -23,6 +23,7 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
 from job.config import Config, fields
 from job.data.dataset import FASHION_MNIST, Dataset, Split
+from job.errors import UsageError
 from job.fitness.facts import commit, versions
 from job.monitoring import pictures
 from job.monitoring.graph import graph_of
@@ -121,7 +122,11 @@ class TensorBoard(Writer):
 
     def _tell_changes(self) -> None:
         """A text for each time that other ranks went on, which the launcher notes after their first step."""
-        changes = [one for one in read_changes(self._folder.parent / CHANGES, []) if one.step >= self._last_step]
+        try:
+            known = list(read_changes(self._folder.parent / CHANGES, []))
+        except UsageError:  # it cannot be read, and is not worth a run
+            return
+        changes = [change for change in known if change.step >= self._last_step]
         for change in changes[self._changes_told :]:
             self._writer.add_text("changes", str(change), change.step)
         self._changes_told = len(changes)

@@ -326,3 +326,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The arguments that make a run small: six steps an epoch."""
     return synthetic.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def every_host_is_up(cluster: Cluster) -> Iterator[None]:
+    yield
+    for name, host in cluster.hosts.items():
+        cluster.mend(name) if psutil.pid_exists(host.pid) else cluster.reboot(name)
+    for host in cluster.hosts.values():
+        for process in host.processes():
+            process.kill()

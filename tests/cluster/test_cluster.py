@@ -43,16 +43,6 @@ def the_others(tmp_path: Path) -> str:
     return str(tmp_path / "others")
 
 
-@pytest.fixture(autouse=True)
-def every_host_is_up(cluster: Cluster) -> Any:
-    yield
-    for name, host in cluster.hosts.items():
-        cluster.mend(name) if psutil.pid_exists(host.pid) else cluster.reboot(name)
-    for host in cluster.hosts.values():
-        for process in host.processes():
-            process.kill()
-
-
 def summary(tmp_path: Path) -> dict[str, Any]:
     return dict(json.loads((tmp_path / "run" / "summary.json").read_text()))
 

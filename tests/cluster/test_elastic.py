@@ -6,11 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cluster.conftest import ROOT, Cluster, cmdline
@@ -21,16 +19,6 @@ RECIPE = [
     "--config", str(ROOT / "configs" / "smoke.yaml"), "optimizer.learning_rate=0.05", "train.epochs=1000",
     "train.max_steps=null", "checkpoint.every_steps=null", "elastic.commit_every_steps=2", "elastic.cooldown_seconds=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def every_host_is_up(cluster: Cluster) -> Iterator[None]:
-    yield
-    for name, host in cluster.hosts.items():
-        cluster.mend(name) if psutil.pid_exists(host.pid) else cluster.reboot(name)
-    for host in cluster.hosts.values():
-        for process in host.processes():
-            process.kill()
 
 
 @pytest.fixture

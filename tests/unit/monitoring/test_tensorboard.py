@@ -432,3 +432,9 @@ def test_each_change_of_ranks_since_the_run_went_on_is_told_once_and_says_why(tm
     assert [event.step for event in told] == [20, 30]
     assert texts[0] == "3 ranks, then 2: rank 30 died; 4 steps computed again, 1.5 s lost"
     assert texts[1].startswith("3 ranks, then 2 on left (1), right (1): rank 40 died;")
+
+
+def test_changes_of_ranks_that_cannot_be_read_do_not_end_a_run(tmp_path: Path) -> None:
+    (tmp_path / "changes.jsonl").write_bytes(b"\xff\n")
+    write(tmp_path / "tensorboard", {**TRAIN, "step": 7})
+    assert read(tmp_path / "tensorboard").Scalars("train/loss")[0].step == 7
