@@ -31,6 +31,7 @@ _LEAVE_SECONDS = 60.0  # for ranks to end after the first one has ended well
 _ECHO_SECONDS = 1.0  # launchers and process groups deliver one signal twice
 STUCK = 256  # in place of an exit code, of a rank that should have ended and has not
 _MOST_IN_VAIN = 3  # failures in a row, none of which came a step further: the next would not either
+_MOST_KILLED_IN_VAIN = 10  # likewise, where somebody else has ended the ranks: that says less of the next ones
 _STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _BEGIN = ("run.resume=", "run.overwrite=")
 GO_ON = ("run.overwrite=false", "run.resume=auto")
@@ -44,6 +45,11 @@ class Ended(NamedTuple):
     code: int
     host: str = ""  # empty on this machine
     lost: str = ""  # why nothing is known of the host any more
+
+    @property
+    def by_others(self) -> bool:
+        """Whether it may have done nothing wrong. A kernel that is short of memory kills too."""
+        return bool(self.lost) or self.code == -signal.SIGKILL
 
     def __str__(self) -> str:
         where = f" on {self.host}" if self.host else ""
@@ -274,8 +280,8 @@ class Supervisor:
             self._change.steps = max(self._change.steps, self._steps)
         else:
             self._change = Change(why, len(gang.places), self._steps, time.monotonic())
-        if self._in_vain >= _MOST_IN_VAIN:
-            self._say(f"{why}; {_MOST_IN_VAIN} failures without a step more: giving up")
+        if self._in_vain >= (_MOST_KILLED_IN_VAIN if all(rank.by_others for rank in failed) else _MOST_IN_VAIN):
+            self._say(f"{why}; {self._in_vain} failures without a step more: giving up")
             return False
         if self._resets > self._config.elastic.max_resets:
             self._say(f"{why}; more than elastic.max_resets={self._config.elastic.max_resets} failures: giving up")

@@ -206,6 +206,20 @@ def test_three_failures_without_a_step_more_end_the_job(job: Job) -> None:
     assert "rank 1 ended with exit code 1; 3 failures without a step more: giving up" in output
 
 
+def test_ranks_that_somebody_kills_are_given_more_than_three_attempts(job: Job) -> None:
+    killed_at_once = [killed(1, steps=5), *[killed(2, steps=-1)] * 5]
+    code, output = job.run(*killed_at_once, {**DONE, "from": 4}, overrides=["elastic.cooldown_seconds=0"])
+    assert code == 0, output
+    assert len(job.attempts()) == 7
+
+
+def test_but_not_any_number_of_them(job: Job) -> None:
+    code, output = job.run(*[killed(1, steps=-1)] * 11, overrides=["elastic.cooldown_seconds=0"])
+    assert code == 1
+    assert len(job.attempts()) == 10
+    assert "rank 1 was ended by SIGKILL; 10 failures without a step more: giving up" in output
+
+
 def test_the_number_of_resets_has_a_bound(job: Job) -> None:
     plan = [killed(0, steps=step) for step in range(1, 9)]
     code, output = job.run(*plan, overrides=["elastic.max_resets=2", "elastic.cooldown_seconds=0"])
