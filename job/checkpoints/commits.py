@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+from job import storage
 from job.checkpoints.store import BackgroundWriter, Checkpoint, Damaged, Store, read
 from job.errors import CheckpointError
-from job.run_dir import CHECKPOINTS
+from job.run_dir import CHECKPOINTS, LOCK, wait_until_free
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FOLDER = "JOB_COMMITS"  # the variable that names the folder; without it nobody would start the ranks again
 TAKEOVER_SECONDS = 100.0  # for a rank 0 on a host that was cut off to end: its agent asks it to, then kills it
 _PROGRESS = "progress"
+_RESCUE_SECONDS = 10.0  # for others who save theirs
 
 
 class Progress(NamedTuple):
@@ -122,6 +124,22 @@ def bring_to_disk(folder: Path, run_dir: Path) -> None:
         raise CheckpointError(
             f"{run_dir}: cannot write the last commit: {error.strerror}; the checkpoint before it is kept"
         ) from None
+
+
+def rescue(folder: Path, run_dir: Path) -> None:
+    """What :func:`bring_to_disk` does, for hosts on which nobody knows of the others: one of them after the other, and
+    none while a run is using ``run_dir``.
+
+    Raises:
+        CheckpointError: it cannot be written, or ``run_dir`` is in use.
+    """
+    wait_until_free(run_dir, _RESCUE_SECONDS)
+    try:
+        with open(run_dir / LOCK, "r+", encoding="utf-8", errors="replace") as lock:
+            storage.lock(lock)
+            bring_to_disk(folder, run_dir)
+    except (OSError, storage.InUse) as error:
+        raise CheckpointError(f"{run_dir}: the last commit was not saved: {error}") from None
 
 
 def supervised() -> bool:

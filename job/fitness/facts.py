@@ -96,6 +96,7 @@ def collect(disk: Disk, data: Data) -> dict[str, Any]:
     return {
         "hostname": socket.gethostname(),
         "machine": machine(),
+        "started": started(),
         "commit": commit(),
         "python": platform.python_version(),
         "packages": packages(),
@@ -166,6 +167,15 @@ def machine() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
     except OSError:
+        return ""
+
+
+def started() -> str:
+    """Another one after each start of this machine, or of the container that this is; empty if it cannot be told."""
+    try:
+        fields = Path("/proc/1/stat").read_text().rpartition(")")[2].split()  # see proc(5); the name may hold spaces
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + f" {fields[19]}"
+    except (OSError, IndexError):
         return ""
 
 

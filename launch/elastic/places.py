@@ -39,6 +39,11 @@ class Places:
             seconds = self._cooldown_seconds * 2.0**doublings if doublings >= 0 else 0.0
             self._left_out_until[place] = now + min(seconds, _LONGEST_SECONDS)
 
+    def forget(self, place: Place) -> None:
+        """Its failures count no more."""
+        self._failures.pop(place, None)
+        self._left_out_until.pop(place, None)
+
     def usable(self, places: Iterable[Place], now: float) -> Sequence[Place]:
         """Those of ``places`` that are not left out."""
         return [place for place in places if self._left_out_until.get(place, now) <= now]

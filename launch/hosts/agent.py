@@ -17,7 +17,8 @@ the end of the input, means that the launcher is gone: the ranks are asked to st
 A plan with ``stay`` is of a job that goes on when ranks die (launch/hosts/ground.py). Then the agent keeps a folder for
 commits in memory, and stays when the ranks have ended. A later line that is a JSON object holds the ``command``,
 ``environment`` and ``ranks`` of the next start. ``look`` asks for the newest commit and the newest checkpoint in
-``run_dir``; ``save`` makes a checkpoint of that commit. SIGTERM to the agent means that this host is to leave.
+``run_dir``; ``save`` makes a checkpoint of that commit. SIGTERM to the agent means that this host is to leave. Where
+the launcher is gone before it could ask, the agent saves the commit by itself, if it is newer than the checkpoints.
 
 What the agent writes is one JSON object a line: ``{"rank", "stream", "text"}``, ``{"rank", "code"}``, or ``{"error"}``
 if a rank cannot be started. If it stays, also ``{"progress": [went on, steps]}`` when that changes, ``{"ended"}`` when
@@ -75,6 +76,7 @@ class Agent:
                 threading.Thread(target=self._listen, daemon=True).start()
                 while start := self._starts.get():
                     self._train({**self._plan, **start})
+                self._rescue()
         else:
             self._train(self._plan)
 
@@ -193,6 +195,16 @@ class Agent:
             self.say(saved="")
         except JobError as error:
             self.say(saved=str(error))
+
+    def _rescue(self) -> None:
+        """Save the last commit, if whoever should have asked for that is gone. No rank of this host runs any more."""
+        run_dir = Path(self._plan["directory"], self._plan["run_dir"])
+        if self._memory and _newest(self._memory) > _newest(run_dir / "checkpoints") >= 0:
+            from job.checkpoints.commits import rescue
+            from job.errors import JobError
+
+            with contextlib.suppress(JobError):
+                rescue(self._memory, run_dir)
 
     def _hears(self) -> bool:
         """Wait for a word. Silence is counted in short waits, not by the clock: while this host was itself paused, the

@@ -101,6 +101,11 @@ class Answer:
     checkpoints: int = 0
     clock_ahead_seconds: float = 0.0  # at least; 0 if it may be right
 
+    @property
+    def started(self) -> str:
+        """Another one after each start of the host; empty if it is not known."""
+        return str(self.facts.get("started", ""))
+
 
 Found = tuple[list[Answer], list[Problem]]  # what hosts have said, and what is wrong with them
 

@@ -64,7 +64,7 @@ class Roster:
         self._left_out = Places(cooldown_seconds)
         self._fit: dict[str, Answer] = {}
         self._asking: set[str] = set()
-        self._leaving: set[str] = set()  # they were told to leave, and the list still names them
+        self._leaving: dict[str, str] = {}  # told to leave, and still listed: at which start of theirs, see Answer
         self._told: set[str] = set()
         self._over = threading.Event()
 
@@ -85,7 +85,10 @@ class Roster:
         answers, problems = self._examine(hosts, list(self._fit.values()))
         wrong = {problem.host: problem for problem in problems if not problem.warning}
         for answer in answers:
-            if answer.host not in wrong:
+            if self._leaving.get(answer.host) == answer.started:
+                self._left_out.failed([Place(answer.host, 0)], time.monotonic())
+            elif answer.host not in wrong:
+                self._returns(answer.host)
                 self._fit[answer.host] = answer
         for host, problem in wrong.items():
             self._left_out.failed([Place(host, 0)], time.monotonic())
@@ -108,8 +111,18 @@ class Roster:
         self._left_out.failed([Place(name, 0)], time.monotonic())
 
     def leaves(self, name: str) -> None:
-        """A host was told to leave: it is not used again, unless the list is without it for a while."""
-        self._leaving.add(name)
+        """A host was told to leave. It is used again when it was started anew, or the list was without it for a while.
+
+        A pod that is replaced keeps its name, and whoever prints the list may not see that it was gone.
+        """
+        answer = self._fit.pop(name, None)
+        self._leaving.setdefault(name, answer.started if answer else "")
+        self._left_out.failed([Place(name, 0)] * 2, time.monotonic())  # not asked at once, while its ranks stop
+
+    def _returns(self, name: str) -> None:
+        """A host that was told to leave is one like others again, if it ever was told so."""
+        if self._leaving.pop(name, None) is not None:
+            self._left_out.forget(Place(name, 0))
 
     def _keep(self) -> None:
         while not self._over.is_set():
@@ -121,11 +134,12 @@ class Roster:
                     self._told.add("list")
                     self._say(f"{error}; the hosts stay as they are")
             listed = {host.name for host in self.listed}
-            self._leaving &= listed
-            for name in {*self._fit} - (listed - self._leaving):
+            for name in {*self._leaving} - listed:
+                self._returns(name)
+            for name in {*self._fit} - listed:
                 self._fit.pop(name, None)  # should it come back, it is checked again
             for host in self.listed:
-                unknown = host.name not in self._fit and host.name not in self._leaving | self._asking
+                unknown = host.name not in self._fit and host.name not in self._asking
                 if unknown and self._left_out.usable([Place(host.name, 0)], time.monotonic()):
                     self._asking.add(host.name)
                     threading.Thread(target=self._ask, args=(host,), daemon=True).start()

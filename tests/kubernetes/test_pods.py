@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,37 +124,52 @@ def test_a_host_that_does_not_hold_the_jobs_key_is_not_talked_to(worker: Pod, tm
 # --- prestop.sh ------------------------------------------------------------------------------------------------------
 
 
+def start_agent(worker: Pod, rank: str) -> subprocess.Popen[str]:
+    """As launch/cluster.sh starts it over ssh, with one rank that runs a Python program. It tells how it ended."""
+    (worker.tmp / "rank.py").write_text(rank)
+    plan = {
+        "directory": "/tmp",
+        "command": ["python", "/tmp/rank.py"],
+        "environment": {},
+        "ranks": [{"HOROVOD_RANK": "0"}],
+    }
+    (worker.tmp / "plan").write_text(json.dumps({**plan, "silence_seconds": 600, "grace_seconds": 600}) + "\n")
+    worker.tmp.chmod(0o777)
+    # The shell names agent.py within its command, as ssh's login shells do.
+    agent = "python /opt/job/launch/hosts/agent.py < <(cat /tmp/plan; exec sleep 999)"
+    process = worker.popen("bash", "-c", f"{agent}; echo the agent has ended; exit")
+    until((worker.tmp / "ready").exists, "the rank has not started")
+    return process
+
+
 def test_ranks_of_a_pod_that_goes_get_the_signal_and_the_time_to_save(worker: Pod) -> None:
-    rank = worker.tmp / "train.py"
-    rank.write_text(
+    agent = start_agent(
+        worker,
         "import signal, sys, time\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
         "open('/tmp/ready', 'w').close()\n"
         "signal.sigwait([signal.SIGTERM])\n"
         "time.sleep(0.5)\n"  # the checkpoint
         "open('/tmp/saved', 'w').close()\n"
-        "sys.exit(75)\n"
+        "sys.exit(75)\n",
     )
-    worker.tmp.chmod(0o777)
-    # The shell names train.py within its command, as ssh's login shells do. It must outlive the rank to tell its code.
-    shell = worker.popen("bash", "-c", "python /tmp/train.py; echo ended with $?")
-    until((worker.tmp / "ready").exists, "the rank has not started")
     hook = WORKER["lifecycle"]["preStop"]["exec"]["command"]
     assert worker.run(*hook) == (0, "")
     assert (worker.tmp / "saved").exists(), "the hook did not wait for the rank"
-    assert shell.communicate(timeout=PATIENCE)[0] == "ended with 75\n"
+    assert agent.stdout and [agent.stdout.readline() for _ in range(2)] == [
+        '{"rank": 0, "code": 75}\n',
+        "the agent has ended\n",
+    ]
     assert (worker.tmp / "job-leaving").exists()
 
 
 def test_a_pod_without_ranks_goes_at_once_and_a_stuck_rank_holds_it_no_longer_than_it_may(worker: Pod) -> None:
     worker.tmp.chmod(0o777)
     assert worker.run("/opt/job/launch/kubernetes/prestop.sh") == (0, "")
-    stuck_in = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(999)\n"
-    (worker.tmp / "train.py").write_text(stuck_in)
-    stuck = worker.popen("python", "/tmp/train.py")
-    assert stuck.stdout and stuck.stdout.readline() == "1\n"
+    stuck = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('/tmp/ready', 'w').close()\ntime.sleep(999)\n"
+    agent = start_agent(worker, stuck)
     assert worker.run("/opt/job/launch/kubernetes/prestop.sh", "1") == (0, "")
-    assert stuck.poll() is None
+    assert agent.poll() is None
 
 
 # --- launcher.sh, over real ssh; cluster.sh is played by a script that ends as told -----------------------------------

@@ -93,8 +93,8 @@ def test_the_facts_are_those_that_hosts_are_compared_by(
     doctor.main(["--json"])
     facts = json.loads(capsys.readouterr().out)["facts"]
     assert set(facts) == {
-        "hostname", "machine", "commit", "python", "packages", "processor", "free_disk_bytes", "data", "interfaces",
-        "clock_unix_seconds",
+        "hostname", "machine", "started", "commit", "python", "packages", "processor", "free_disk_bytes", "data",
+        "interfaces", "clock_unix_seconds",
     }  # fmt: skip
     assert facts["free_disk_bytes"] == 12345678901 and facts["data"] is True
     assert facts["packages"] == {"mxnet": "1.9.1", "numpy": "1.23.5"}

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from job import storage
 from job.checkpoints import commits, store
-from job.checkpoints.commits import Commits, Progress, bring_to_disk, forget_progress, progress
+from job.checkpoints.commits import Commits, Progress, bring_to_disk, forget_progress, progress, rescue
 from job.checkpoints.resume import Checkpoints, identity
 from job.checkpoints.store import BackgroundWriter, Store
 from job.config import Config, load_config
@@ -172,3 +173,21 @@ def test_a_disk_that_is_full_then_is_told(
     monkeypatch.setattr(store, "_write", full)
     with pytest.raises(CheckpointError, match="cannot write the last commit: No space left on device"):
         bring_to_disk(memory, tmp_path / "run")
+
+
+def test_a_commit_that_nobody_asks_for_is_saved_unless_the_folder_is_in_use(
+    tmp_path: Path, memory: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "_RESCUE_SECONDS", 0.0)
+    checkpoints = Store(tmp_path / "run" / "checkpoints", 1)
+    with pytest.raises(CheckpointError, match="the last commit was not saved"):
+        rescue(memory, tmp_path / "run")  # no run has claimed the folder
+    written(tmp_path / "run" / "checkpoints", 20, config)
+    written(memory, 24, config)
+    with open(tmp_path / "run" / "lock", "w") as lock:
+        storage.lock(lock)
+        with pytest.raises(CheckpointError, match="the last commit was not saved"):
+            rescue(memory, tmp_path / "run")
+        assert [path.name for path in checkpoints.paths()] == ["step-00000020"]
+    rescue(memory, tmp_path / "run")
+    assert checkpoints.paths()[0].name == "step-00000024"

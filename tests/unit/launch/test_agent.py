@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from job.checkpoints.store import Store
 from launch.hosts import agent as agent_module
 
 AGENT = Path(__file__).resolve().parents[3] / "launch" / "hosts" / "agent.py"
@@ -159,6 +160,24 @@ def test_an_agent_that_stays_starts_ranks_again_and_tells_what_it_has(start: Any
     agent.process.stdin.close()
     assert agent.rest() == []
     assert not memory.exists()
+
+
+@pytest.mark.parametrize(("on_disk", "saved"), [(3, True), (9, False)])
+def test_an_agent_whose_launcher_is_gone_saves_the_last_commit(
+    start: Any, tmp_path: Path, on_disk: int, saved: bool
+) -> None:
+    checkpoints, commit = Store(tmp_path / "run" / "checkpoints", 1), Store(tmp_path / "memory", 1)
+    checkpoints.write(on_disk, {}, {})
+    commit.write(7, {}, {})
+    (tmp_path / "run" / "lock").touch()
+    agent = start("", ranks=0, stay=True, run_dir="run", directory=str(tmp_path))
+    put = f"cp -r {tmp_path}/memory/* $JOB_COMMITS; {STUBBORN}"  # a rank that misses the others, and must be killed
+    agent.send(json.dumps({"command": ["bash", "-c", put], "ranks": [{"HOROVOD_RANK": "1"}]}))
+    assert agent.say()["text"] == "ready"
+    agent.process.stdin.close()
+    assert agent.rest() == [{"rank": 1, "code": -9}, {"ended": True}]
+    newest = checkpoints.paths()[0].name
+    assert newest == ("step-00000007" if saved else f"step-{on_disk:08d}")
 
 
 def test_what_a_rank_leaves_behind_is_ended_with_it(start: Any) -> None:

@@ -17,9 +17,8 @@ from launch.hosts.roster import Roster, discover
 BAD = "bad"  # the name of a host that is not fit
 
 
-def examine(hosts: Sequence[Host], before: Sequence[Answer]) -> Found:
-    problems = [Problem(host.name, "disk", "is full", "free some of it") for host in hosts if host.name == BAD]
-    return [Answer(host.name, gpus=2 if host.name == "gpus" else 0) for host in hosts], problems
+def problems_of(hosts: Sequence[Host]) -> list[Problem]:
+    return [Problem(host.name, "disk", "is full", "free some of it") for host in hosts if host.name == BAD]
 
 
 class Listed:
@@ -30,8 +29,10 @@ class Listed:
         self.hosts: Sequence[Host] = hosts
         self.said: list[str] = []
         self.fails = False
+        self.starts = 1  # of all hosts
+        self.asked: list[str] = []
         self.reads = threading.Semaphore(0)
-        self.roster = Roster(self.read, examine, hosts, self.said.append, cooldown_seconds)
+        self.roster = Roster(self.read, self.examine, hosts, self.said.append, cooldown_seconds)
         self.roster.take_in(hosts)
 
     def read(self) -> Sequence[Host]:
@@ -39,6 +40,13 @@ class Listed:
         if self.fails:
             raise UsageError("hosts: cannot be read")
         return self.hosts
+
+    def examine(self, hosts: Sequence[Host], before: Sequence[Answer]) -> Found:
+        self.asked += [host.name for host in hosts]
+        facts = {"started": f"start {self.starts}"}
+        return [Answer(host.name, facts=facts, gpus=2 if host.name == "gpus" else 0) for host in hosts], problems_of(
+            hosts
+        )
 
     def names(self) -> list[str]:
         return [*self.roster.fit()]
@@ -103,6 +111,31 @@ def test_a_host_that_was_told_to_leave_is_used_again_only_when_it_was_off_the_li
         assert listed.reads.acquire(timeout=10)
     listed.hosts = [Host("a"), Host("b")]
     listed.becomes("a", "b")
+    listed.roster.close()
+
+
+def test_a_host_that_was_told_to_leave_is_used_again_when_it_was_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a pod that is replaced under its name, so soon that no list was without it."""
+    listed = Listed(monkeypatch, Host("a"), Host("b"), cooldown_seconds=0.01)
+    listed.roster.keep()
+    listed.roster.leaves("a")
+    listed.until(lambda: listed.asked.count("a") > 2)
+    assert listed.names() == ["b"]
+    listed.starts += 1
+    listed.becomes("a", "b")
+    listed.roster.lost("a")  # which is its first failure: leaving was none
+    listed.becomes("a", "b")
+    listed.roster.close()
+
+
+def test_a_host_that_leaves_is_not_asked_while_its_ranks_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(monkeypatch, Host("a"), Host("b"))
+    listed.roster.keep()
+    listed.starts += 1
+    listed.roster.leaves("a")
+    for _ in range(5):
+        assert listed.reads.acquire(timeout=10)
+    assert (listed.names(), listed.asked) == (["b"], ["a", "b"])
     listed.roster.close()
 
 
