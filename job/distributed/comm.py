@@ -124,7 +124,7 @@ class HorovodComm(Comm):
         self._subsets: dict[tuple[int, ...], Comm] = {}
         self._clock = threading.Lock()  # of blocked_seconds: MXNet's threads sum too
         self._roll_call = RollCall(placement().rank, lambda: self._entered)
-        self._watchdog = Watchdog(timeout_seconds, self._expire, is_orphan)
+        self._watchdog = Watchdog(timeout_seconds, self._expire, is_orphan, self._roll_call.gone)
         if not hvd.is_initialized():
             with self._watchdog.guard(f"rank {placement().rank}: waiting for all {placement().size} ranks to start"):
                 hvd.init()
@@ -138,6 +138,7 @@ class HorovodComm(Comm):
                 (peer.partition(":")[0], int(peer.partition(":")[2]))
                 for peer in self.gather_text(f"{host}:{port}", "addresses")
             ]
+            self._roll_call.gone()  # so that they are known to answer
 
     def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str, process_set: Any = None) -> None:
         # One group: which gradients Horovod would otherwise fuse depends on timing, and with it the order of summation
@@ -198,6 +199,7 @@ class HorovodComm(Comm):
             return bytes(array.asnumpy().tobytes())
 
     def close(self) -> None:
+        self._roll_call.all_stay = False  # whoever has met the others below leaves
         with self.guard("waiting for the other ranks to finish"):
             mx.nd.waitall()
             self.barrier()

@@ -12,13 +12,16 @@ import mxnet as mx
 import numpy as np
 
 from job.distributed.comm import Comm
+from job.distributed.numa import Cores, near
+from job.distributed.placement import bind
 from job.errors import UsageError
 
 
 def choose_device(wanted: str, comm: Comm) -> mx.Context:
     """The GPU of this local rank, or the CPU. All ranks call it together, and all compute on the same kind of device.
 
-    A rank that sees one GPU alone takes that: Slurm and containers may hand out GPUs one a rank.
+    A rank that sees one GPU alone takes that: Slurm and containers may hand out GPUs one a rank. From here on the
+    process stays on the cores that are near its device, see :mod:`job.distributed.numa`.
 
     Args:
         wanted: ``auto`` (a GPU if the node has any), ``cpu`` or ``gpu``.
@@ -30,12 +33,13 @@ def choose_device(wanted: str, comm: Comm) -> mx.Context:
     """
     gpus = 0 if wanted == "cpu" else mx.context.num_gpus()
     own = 0 if gpus == 1 else comm.local_rank
-    told = comm.gather_text(f"{socket.gethostname()} {_bus_id(own) if own < gpus else ''}", "devices")
-    nodes, cards = zip(*(text.split(" ", 1) for text in told))
+    cores = sum(1 << core for core in os.sched_getaffinity(0))
+    told = comm.gather_text(f"{socket.gethostname()} {cores:x} {_bus_id(own) if own < gpus else ''}", "devices")
+    nodes, allowed, cards = zip(*(text.split(" ", 2) for text in told))
     if gpus == 0 and wanted == "gpu":
         raise UsageError("run.device=gpu, but MXNet sees no GPU on this node; set run.device=cpu or mend the driver")
-    here = [place for place in zip(nodes, cards) if place[0] == nodes[comm.rank]]
-    if gpus and (own >= gpus or here.count((nodes[comm.rank], cards[comm.rank])) > 1):
+    here = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
+    if gpus and (own >= gpus or [cards[rank] for rank in here].count(cards[comm.rank]) > 1):
         raise UsageError(
             f"{comm.local_size} ranks on a node with {gpus} GPU{'s' * (gpus > 1)}; start at most one rank per GPU,"
             " or set run.device=cpu"
@@ -46,7 +50,13 @@ def choose_device(wanted: str, comm: Comm) -> mx.Context:
             f"some ranks have a GPU, and on {', '.join(without)} some have none; mend the driver there, start at most"
             " one rank per GPU, or set run.device=cpu"
         )
+    masks = [_cores_of(int(allowed[rank], 16)) for rank in here]
+    bind(near(here.index(comm.rank), [cards[rank] for rank in here], masks))
     return mx.gpu(own) if gpus else mx.cpu()
+
+
+def _cores_of(mask: int) -> Cores:
+    return Cores(core for core in range(mask.bit_length()) if mask >> core & 1)
 
 
 def _bus_id(index: int) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Collection
 from typing import NamedTuple, NoReturn, Optional
 
 from job.distributed.cgroup import cpu_quota
@@ -18,6 +19,7 @@ _HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
 _ASKED_THREADS = "JOB_ASKED_OMP_NUM_THREADS"
+_ALLOWED = "JOB_ALLOWED_CORES"  # how many there were before this process was bound to some of them
 # What has a GPU compute the same bits each time, as far as MXNet's, cuDNN's and cuBLAS's documentation goes.
 DETERMINISTIC = {
     "MXNET_ENFORCE_DETERMINISM": "1",  # of cuDNN only algorithms that are
@@ -72,7 +74,7 @@ def cores() -> int:
     """How many cores the ranks of this node may use together: those that this process may run on, or fewer if a
     container grants less time. Where mpirun has bound each rank to some (--bind-to), those that mpirun itself may use.
     """
-    allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    allowed, quota = int(os.environ.get(_ALLOWED) or len(os.sched_getaffinity(0))), cpu_quota()
     if os.environ.get(_BOUND) == "1":
         with contextlib.suppress(OSError):
             allowed = max(allowed, len(os.sched_getaffinity(os.getppid())))
@@ -95,6 +97,19 @@ def share_cores() -> None:
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "64")  # or operators wait for one another's scratch memory
     if ranks >= cores():  # over MPI a rank that waits would spin, on a core that another one needs
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def bind(own: Collection[int]) -> None:
+    """Keep all threads of this process, and those that they will start, on these cores; :func:`cores` stays the same.
+
+    Where the system does not let it, as where a container's cores have just changed, nothing happens.
+    """
+    allowed = os.sched_getaffinity(0)
+    if own != allowed:
+        os.environ[_ALLOWED] = str(len(allowed))
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # some have ended meanwhile
+                os.sched_setaffinity(int(thread), own)
 
 
 def enforce_determinism() -> None:

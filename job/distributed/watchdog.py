@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 _POLL_SECONDS = 0.5
+_CALM_SECONDS = 5.0  # for which nobody asks why a wait takes so long
 _PAUSE_SECONDS = 2.0  # a look that comes so much too late tells that this process was itself stopped
 leaving = threading.Lock()  # taken, and never released, by the thread that decides how the process ends
 
@@ -42,7 +43,10 @@ def is_orphan() -> bool:
 
 
 class Watchdog:
-    """Calls ``on_expiry`` with a message when something guarded is late, or the process is an orphan.
+    """Calls ``on_expiry`` with a message when something guarded is late.
+
+    Ends the process when it is an orphan, and when something guarded takes some seconds and ``gone`` says, in words,
+    that other ranks have ended: what waits for them may be a GPU, which nothing else would end.
 
     One daemon thread looks at all guarded waits, so that guarding costs no more than two dictionary operations.
 
@@ -55,11 +59,13 @@ class Watchdog:
         limit_seconds: float,
         on_expiry: Callable[[str], None] = end_process,
         orphaned: Callable[[], bool] = lambda: False,
+        gone: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit_seconds = limit_seconds
         self._on_expiry = on_expiry
         self._orphaned = orphaned
+        self._gone = gone
         self._clock = clock
         self._stopped_seconds = 0.0  # that this process has been, in all
         self._waits: dict[object, tuple[float, float, str]] = {}
@@ -94,7 +100,12 @@ class Watchdog:
                 self._stopped_seconds += late
             if self._orphaned():
                 end_process("the launcher has died")
-            for deadline, limit, what in list(self._waits.values()):
+            waits = list(self._waits.values())
+            long = [what for deadline, limit, what in waits if self._now() > deadline - limit + _CALM_SECONDS]
+            ended = self._gone() if long else ""
+            if ended:
+                end_process(f"{long[0]}: {ended}, and this rank would wait for ever")
+            for deadline, limit, what in waits:
                 if self._now() > deadline:
                     self._on_expiry(f"{what}: no answer within {limit:g} s")
                     return

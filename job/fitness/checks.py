@@ -380,7 +380,7 @@ def driver(gpus: Gpus) -> Check:
         )
     if _numbers(version) < _numbers(DRIVER_FOR_NVRTC):
         message = f"NVIDIA driver {version} cannot load what MXNet compiles while it runs, with CUDA 11.8"
-        return Check("driver", "warn", message, f"install {DRIVER_FOR_NVRTC} or newer, or set MXNET_USE_FUSION=0")
+        return Check("driver", "warn", message, f"install {DRIVER_FOR_NVRTC} or newer, or training is slower")
     return Check("driver", "ok", f"NVIDIA driver {version}")
 
 

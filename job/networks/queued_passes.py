@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -103,12 +104,15 @@ def _tried_kernels(ctx: mx.Context, dtype: str) -> Optional[Kernels]:
     """The kernels, if they can be compiled and loaded, and say what MXNet's operators say.
 
     Each of them is launched here, once: MXNet looks a kernel up at its first launch, which only one thread may do.
+    Where they cannot be, neither can the operators that MXNet fuses itself, and compiles and loads in the same way: it
+    is kept from that, or training would end in its first step.
     """
     try:
         kernels = Kernels(dtype)
         require_agreement(kernels, Graphs(dtype), ctx, dtype)
         return kernels
     except (mx.MXNetError, ValueError) as error:  # no CUDA_RTC in this MXNet; a driver older than 520.61
+        os.environ.setdefault("MXNET_USE_FUSION", "0")  # which MXNet reads whenever it makes a graph
         reason = str(error).strip().splitlines()[-1]
         print(
             f"warning: {ctx}: the kernels of SyncBatchNorm cannot be used ({reason}); MXNet's operators do the same,"

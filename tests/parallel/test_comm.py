@@ -1,15 +1,24 @@
-"""The collectives that copy, on real ranks."""
+"""The collectives that copy, on real ranks; and a collective that never ends."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+import time
 from typing import Any
 
 import mxnet as mx
 import numpy as np
 import pytest
 
-from job.distributed.comm import Comm
+from job.distributed import watchdog
+from job.distributed.comm import Comm, connect
+from launch.elastic.gang import LocalGang
+from launch.elastic.places import Place
+from tests.cuda import stand_in
+from tests.parallel.conftest import environment
 
 
 def exchanged(comm: Comm) -> Any:
@@ -42,3 +51,37 @@ def test_a_broadcast_leaves_the_bits_of_rank_0_whatever_the_others_held(run_rank
     expected = [np.array([0.1, -3e38, 1e-40, -0.0], np.float32), np.full((2, 2), 0.1)]
     for arrays in run_ranks(broadcast, 3):
         assert [array.tobytes() for array in arrays] == [array.tobytes() for array in expected]
+
+
+def wait_on_a_device() -> None:
+    """The body of a script: rank 1 dies, and rank 0 waits for what does not end, as a sum of NCCL then."""
+    watchdog._CALM_SECONDS = 0.5
+    comm = connect(60.0)
+    comm.barrier()
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    array = mx.nd.zeros(1)
+    stand_in._push(lambda *_: threading.Event().wait(), mx.cpu(), [], [array])
+    with comm.guard("step 7"):
+        array.wait_to_read()
+
+
+@pytest.mark.fault(1)
+def test_a_rank_that_waits_for_its_device_while_another_one_dies_ends_and_names_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    script = "from tests.parallel.test_comm import wait_on_a_device as f; f()"
+    places = [Place("", 0), Place("", 1)]
+    gang = LocalGang([sys.executable, "-c", script], places, environment())  # which leaves those that live alone
+    codes: dict[int, int] = {}
+    end = time.monotonic() + 50
+    try:
+        while not gang.over and time.monotonic() < end:
+            codes.update((ended.rank, ended.code) for ended in gang.ended())
+            time.sleep(0.1)  # between two looks
+    finally:
+        gang.end()
+    said = capfd.readouterr().err
+    assert codes == {0: 1, 1: -signal.SIGKILL}, said
+    assert "error: rank 0: step 7: rank 1 has ended, and this rank would wait for ever" in said
+    assert "in wait_on_a_device" in said

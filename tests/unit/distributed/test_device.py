@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Optional
 
@@ -25,10 +26,18 @@ class Local(Comm):
         self._cards = cards
 
     def gather_text(self, text: str, name: str) -> list[str]:
-        node, _, own = text.partition(" ")
+        node, cores, own = text.split(" ", 2)
         cards = self._cards or [own and str(place) for place in range(self.local_size)]
         cards[self.local_rank] = own
-        return [*(f"first {card}" for card in cards), *(f"{node} {card}" for card in cards)]
+        return [f"{host} {cores} {card}" for host in ("first", node) for card in cards]
+
+
+@pytest.fixture(autouse=True)
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What this process would have been bound to."""
+    found: list[object] = []
+    monkeypatch.setattr(device, "bind", found.append)
+    return found
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -114,6 +123,18 @@ def test_ranks_with_and_without_a_gpu_do_not_start_together_and_the_nodes_are_na
     with_gpus(monkeypatch, gpus)
     with pytest.raises(UsageError, match=r"some ranks have a GPU, and on first.*some have none"):
         choose_device("auto", Local(0, 2, cards=["", "" if gpus else "1"]))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cpu"])
+def test_a_rank_is_bound_to_what_is_near_its_device_among_the_ranks_of_its_node(
+    monkeypatch: pytest.MonkeyPatch, bound: list[object], wanted: str
+) -> None:
+    with_gpus(monkeypatch, 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 70})
+    monkeypatch.setattr(device, "near", lambda *arguments: arguments)
+    choose_device(wanted, Local(2, 3))
+    cards = ["0", "1", "2"] if wanted == "auto" else [""] * 3
+    assert bound == [(2, cards, [{0, 3, 70}] * 3)]
 
 
 def draws() -> tuple[float, float, list[float]]:

@@ -1,0 +1,64 @@
+"""Which cores are near: to the GPU of a rank, or to one another.
+
+A machine with several sockets is several *NUMA nodes*, each with cores and memory of its own, and with its own GPUs. To
+reach what is at another node takes longer. Linux gives a process memory of the node where the thread runs that first
+touches it, so that bound cores bind the memory as well. What the nodes are is told by the kernel in /sys, in containers
+too: https://docs.kernel.org/admin-guide/mm/numaperf.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+Cores = frozenset[int]
+
+
+def near(place: int, cards: Sequence[str], allowed: Sequence[Cores], root: Path = Path("/")) -> Cores:
+    """The cores for a rank: those at the node of its GPU; without a GPU those at the nodes of its share of the cores.
+
+    All that it may use, where it would lose by that: where the ranks whose GPUs are at that node would have fewer cores
+    there than all ranks have on the average; or where ranks may use different cores, so that a launcher has chosen.
+
+    Args:
+        place: of the rank among those of its machine.
+        cards: of each of them its GPU, by its place on the PCI bus; empty if it has none.
+        allowed: of each of them the cores that it may use.
+        root: is for tests.
+    """
+    own, ranks = allowed[place], len(cards)
+    if any(cores != own for cores in allowed):
+        return own
+    nodes = [(number, cores & own) for number, cores in _nodes(root) if cores & own]
+    if cards[place]:
+        at = [_node_of(card, root) for card in cards]
+        found = dict(nodes).get(at[place], Cores())
+        return found if len(found) * ranks >= at.count(at[place]) * len(own) else own
+    ordered = [core for _, cores in nodes for core in sorted(cores)]
+    share = {*ordered[len(ordered) * place // ranks : len(ordered) * (place + 1) // ranks]}
+    return Cores().union(*(cores for _, cores in nodes if cores & share)) or own
+
+
+def _nodes(root: Path) -> list[tuple[Optional[int], Cores]]:
+    """Their numbers and cores, in the order of the numbers; some have memory alone."""
+    folders = (root / "sys/devices/system/node").glob("node[0-9]*")
+    return sorted((int(folder.name[4:]), _cores(folder / "cpulist")) for folder in folders)
+
+
+def _node_of(card: str, root: Path) -> Optional[int]:
+    """The number of the node; None where the kernel does not know."""
+    try:
+        number = int((root / "sys/bus/pci/devices" / card.lower() / "numa_node").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if number < 0 else number
+
+
+def _cores(file: Path) -> Cores:
+    """Of a list such as ``0-15,32-47``."""
+    try:
+        parts = [part.partition("-") for part in file.read_text(encoding="ascii").split(",") if part.strip()]
+        return Cores(core for first, _, last in parts for core in range(int(first), int(last or first) + 1))
+    except (OSError, ValueError):
+        return Cores()
