@@ -12,6 +12,7 @@ The ways are those of ``launch/local.sh``, whose settings this table chose, and 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from job.distributed.placement import placement, share_cores
 
@@ -25,6 +26,7 @@ from benchmarks.intervals import ratio
 from benchmarks.runs import as_ranks
 from job.config import load_config
 from job.data import idx
+from job.data.dataset import Split
 from job.data.sampler import Sampler, own_shards
 from job.distributed.comm import Comm, connect
 from job.distributed.device import choose_device, seed_everything
@@ -60,22 +62,35 @@ def main() -> None:
 def _measure(comm: Comm) -> None:
     config = load_config()
     train_set = idx.load(config.data).train
-    sampler = Sampler(len(train_set.labels), config.data.global_batch_of(comm.size), seed=0)
-    shards = config.data.shards
-    own = own_shards(comm.rank, comm.size, shards)
     learners = [_learner(comm, synchronized) for synchronized in (False, True)]
-    step_ms = np.empty((WARMUP_TURNS + TURNS, 2))
-    for turn in range(WARMUP_TURNS + TURNS):
+    step_ms = measure(comm, learners, train_set, config.data.global_batch_of(comm.size), config.data.shards)
+    if comm.rank == 0:
+        print("row:" + _row(step_ms[WARMUP_TURNS:]), flush=True)
+
+
+def measure(
+    comm: Comm,
+    learners: Sequence[Learner],
+    split: Split,
+    global_batch: int,
+    shards: int,
+    turns: int = TURNS,
+    steps: int = STEPS_A_TURN,
+) -> np.ndarray:
+    """Milliseconds of a step, (WARMUP_TURNS + turns, learners): the learners take turns of so many ``steps`` each."""
+    sampler = Sampler(len(split.labels), global_batch, seed=0)
+    own = own_shards(comm.rank, comm.size, shards)
+    step_ms = np.empty((WARMUP_TURNS + turns, len(learners)))
+    for turn in range(WARMUP_TURNS + turns):
         for which, learner in enumerate(learners):
             comm.barrier()
             started = time.perf_counter()
-            for step in range(turn * STEPS_A_TURN, (turn + 1) * STEPS_A_TURN):
+            for step in range(turn * steps, (turn + 1) * steps):
                 batch = sampler.shards(*divmod(step, sampler.steps_per_epoch), own, shards)
-                learner.step(train_set, [batch], len(sampler.batch(step)), learning_rate=0.01)
+                learner.step(split, [batch], len(sampler.batch(step % sampler.steps_per_epoch)), learning_rate=0.01)
             mx.nd.waitall()
-            step_ms[turn, which] = (time.perf_counter() - started) / STEPS_A_TURN * 1e3
-    if comm.rank == 0:
-        print("row:" + _row(step_ms[WARMUP_TURNS:]), flush=True)
+            step_ms[turn, which] = (time.perf_counter() - started) / steps * 1e3
+    return step_ms
 
 
 def _row(step_ms: np.ndarray) -> str:
