@@ -67,7 +67,7 @@ _DESCRIPTION = """Train on several machines, over ssh.
   launch/cluster.sh --min-np 2 hosts                               goes on when a rank or a host dies
 
 HOSTFILE is a file with one host on each line: `host`, `host slots=N` or `host:N`. N is the number of ranks there.
-Without N a host gets one rank for each GPU, or one rank if it has no GPU. `#` begins a comment.
+Without N a host gets --slots-per-host ranks, or one for each GPU, or one. `#` begins a comment.
 
 Rank 0 runs on the first host. Only rank 0 reads and writes run.dir. So keep run.dir on a file system that all hosts
 share, or do not change the first host.
@@ -159,6 +159,7 @@ def _parser() -> _Parser:
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="`python job/train.py --help` lists them")
 
     add("-np", type=_positive, metavar="N", help="ranks (default: all slots of all hosts)")
+    add("--slots-per-host", type=_positive, metavar="N", help="slots of a host that is listed without a number of them")
     add("--check", action="store_true", help="check the configuration and all hosts, print the table, start nothing")
     add("--dry-run", action="store_true", help="print the commands, contact no host")
 
@@ -272,6 +273,16 @@ def as_after_login() -> list[str]:
     """What makes a command here see as little of our environment as one that ssh starts elsewhere."""
     names = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "TMPDIR")
     return ["env", "-i", *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
+
+
+def listed(options: argparse.Namespace, discovered: bool = False) -> list[Host]:
+    """The hosts of HOSTFILE, or those that SCRIPT has ``discovered``, if there is one.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    hosts = discover(options.discover) if discovered and options.discover else hostfile.read(options.hostfile)
+    return [host._replace(slots=host.slots or options.slots_per_host) for host in hosts]
 
 
 def _open(hosts: Iterable[Host]) -> bool:
@@ -471,14 +482,11 @@ def launch_elastic(options: argparse.Namespace, hosts: Sequence[Host]) -> int:
         local.update(own_hosts(asked))
         return examine(options, ssh, asked, local, values, before)
 
-    def read() -> list[Host]:
-        return discover(options.discover) if options.discover else hostfile.read(options.hostfile)
-
     def network(answers: Sequence[checks.Answer], port: int) -> dict[str, dict[str, str]]:
         checks.place(answers, local)
         return network_variables(answers, options, port)
 
-    roster = Roster(read, take_in, hosts, _say, config.elastic.cooldown_seconds)
+    roster = Roster(lambda: listed(options, discovered=True), take_in, hosts, _say, config.elastic.cooldown_seconds)
     with Console(stderr=True).status(f"asking {len(hosts)} hosts"):
         answers, problems = roster.take_in(hosts)
     show(options, answers, {name: roster.slots(name) for name in roster.fit()}, problems)
@@ -496,7 +504,7 @@ def _say(message: str) -> None:
 
 def launch(options: argparse.Namespace) -> int:
     """Check the configuration, then the hosts, then run the job. Returns the exit code."""
-    hosts = hostfile.read(options.hostfile)
+    hosts = listed(options)
     if options.min_np:
         return launch_elastic(options, hosts)
     placed = allocate(hosts, None if _open(hosts) else options.np, {})

@@ -178,7 +178,10 @@ class HostGround:
     def places(self) -> Sequence[Place]:
         """Of all hosts that are listed, fit, and have an agent that answers."""
         self._hear()
-        fit, alone = self._roster.fit(), not self._members
+        fit = self._roster.fit()
+        if not (self._gang and self._gang.busy):
+            self._dismiss(fit)  # a machine that is to go down waits for its agent
+        alone = not self._members
         for name, answer in fit.items():
             if name not in self._members:
                 self._members[name] = Member(answer, self._site(answer), self._events)

@@ -78,7 +78,8 @@ class Roster:
     def slots(self, name: str) -> int:
         """How many ranks a fit host takes: as listed, or one for each GPU, or one."""
         listed = next((host.slots for host in self.listed if host.name == name), None)
-        return listed or self._fit[name].gpus or 1
+        answer = self._fit.get(name)  # none if the list is without it since the caller has looked
+        return listed or (answer.gpus if answer else 0) or 1
 
     def take_in(self, hosts: Sequence[Host]) -> Found:
         """Check hosts. Those that are fit are used from now on; what is wrong with the others is told once."""

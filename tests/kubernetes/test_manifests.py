@@ -67,7 +67,8 @@ def test_every_overlay_is_sound(overlay: str, version: str) -> None:
 
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("overlay", "pods", "ranks", "gpus"), [("cpu", 2, 2, 0), ("gpu-4x1", 4, 4, 4), ("gpu-2x4", 2, 8, 8)]
+    ("overlay", "pods", "ranks", "gpus"),
+    [("cpu", 2, 2, 0), ("gpu-4x1", 4, 4, 4), ("gpu-2x4", 2, 8, 8), ("elastic", 2, 2, 0)],
 )
 def test_an_mpijob_has_the_ranks_and_gpus_that_its_name_says(overlay: str, pods: int, ranks: int, gpus: int) -> None:
     document = next(document for document in rendered(overlay) if document["kind"] == "MPIJob")
@@ -173,6 +174,13 @@ BROKEN = {
     "no fence": ("indexed-job", "NetworkPolicy/training", "", DELETED, "spec.template.metadata.labels", "can run code there"),
     "a fence with a gate for all": ("indexed-job", "NetworkPolicy/training", "spec.ingress[0].from[0]", {"namespaceSelector": {}}, "spec.ingress[0].from", "lets others"),
     "a pod in another namespace": ("cpu", JOB, "metadata.namespace", "default", SAME, "not training"),
+    # The MPIJob that goes on with fewer workers.
+    "an elastic job that waits for all workers": ("elastic", JOB, "spec.launcherCreationPolicy", "WaitForWorkersReady", SAME, "must be AtStartup with --min-np"),
+    "an elastic gang of all workers": ("elastic", JOB, "spec.runPolicy.schedulingPolicy.minAvailable", 3, SAME, "must be 2, the launcher and the workers for --min-np"),
+    "a gang of more than there are pods": ("elastic", JOB, "spec.runPolicy.schedulingPolicy.minAvailable", 4, "spec", "there are 3 pods with the launcher"),
+    "more workers than there may be ranks": ("elastic", JOB, "spec.mpiReplicaSpecs.Worker.replicas", 9, SAME, "the pods have 9 ranks, which is not from --min-np 1 to --max-np 8"),
+    "fewer workers than the job needs": ("elastic", JOB, f"{LAUNCHER}.command[2]", "3", "spec.mpiReplicaSpecs.Worker.replicas", "not from --min-np 3"),
+    "a batch too small for all that may come": ("elastic", JOB, f"{LAUNCHER}.args[4]", "data.global_batch=7", f"{LAUNCHER}.args", "7 is too small for 8 ranks"),
     # The Indexed Job.
     "fewer pods at once than there are": ("indexed-job", INDEXED, "spec.parallelism", 1, "spec.completions", "are 2, 1 and 2"),
     "other pods than ranks are told": ("indexed-job", INDEXED, f"{TRAINER}.env[0].value", "3", "spec.completions", "are 2, 2 and 3"),
@@ -184,6 +192,11 @@ BROKEN = {
     "a preemption that fails the job": ("indexed-job", INDEXED, "spec.podFailurePolicy.rules[1]", DELETED, "spec.podFailurePolicy.rules", "exit code 75 must Ignore, not Count"),
     "a failure that is repeated": ("indexed-job", INDEXED, "spec.podFailurePolicy.rules[2].onExitCodes.values", [2], "spec.podFailurePolicy.rules", "exit code 1 must FailJob"),
     "a drained node that fails the job": ("indexed-job", INDEXED, "spec.podFailurePolicy.rules[0]", DELETED, "spec.podFailurePolicy.rules", "DisruptionTarget"),
+    "an elastic Indexed Job that ends when all pods do": ("indexed-job-elastic", INDEXED, "spec.successPolicy", DELETED, SAME, 'succeededIndexes: "0"'),
+    "one that a pod can end by being killed": ("indexed-job-elastic", INDEXED, "spec.backoffLimitPerIndex", DELETED, SAME, "the others could go on"),
+    "one without the keys": ("indexed-job-elastic", INDEXED, f"{TRAINER}.volumeMounts[0].mountPath", "/home/mpiuser/ssh", f"{TRAINER}.volumeMounts", "no Secret at /home/mpiuser/.ssh"),
+    "one with another port for sshd": ("indexed-job-elastic", INDEXED, f"{TRAINER}.ports[0].containerPort", 22, f"{TRAINER}.ports", "sshd_config has port 2222, the container 22"),
+    "one that needs more ranks than it has": ("indexed-job-elastic", INDEXED, f"{TRAINER}.command[4]", "3", "spec.parallelism", "not from --min-np 3"),
     "containers that restart in place": ("indexed-job", INDEXED, f"{INDEXED_POD}.restartPolicy", "OnFailure", SAME, "must be Never"),
 }  # fmt: skip
 

@@ -182,7 +182,7 @@ def launch(worker: Pod) -> tuple[int, str]:
 def test_arguments_reach_cluster_sh_and_success_ends_it(worker: Pod) -> None:
     outcomes(worker, "exit 0")
     assert launch(worker) == (0, "")
-    assert calls(worker) == ["/tmp/hostfile --config=smoke.yaml run.resume=auto"]
+    assert calls(worker) == ["-x NUMBA_CACHE_DIR /tmp/hostfile --config=smoke.yaml run.resume=auto"]
 
 
 def test_a_preempted_job_goes_on(worker: Pod) -> None:
@@ -246,9 +246,101 @@ def test_workers_that_do_not_come_back_end_it_in_time_and_are_named(worker: Pod)
     assert calls(worker) == []
 
 
+def test_a_worker_on_which_ranks_of_an_earlier_launcher_end_is_waited_for(worker: Pod) -> None:
+    outcomes(worker, "exit 0")
+    stuck = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('/tmp/ready', 'w').close()\ntime.sleep(999)\n"
+    start_agent(worker, stuck)
+    launcher = worker.popen(LAUNCHER, "/tmp/hostfile")
+    asked = sessions(worker)
+    until(lambda: sessions(worker) >= asked + 4 or launcher.poll() is not None, "it does not ask the worker again")
+    assert calls(worker) == [], "two agents would share the GPUs and the run's folder"
+    worker.run("bash", "-c", "kill -9 $(grep -slzxE '.*/agent[.]py' /proc/[0-9]*/cmdline | cut -d / -f 3)")
+    assert launcher.wait(PATIENCE) == 0
+
+
 def test_without_a_hostfile_it_says_what_it_wants(worker: Pod) -> None:
     code, output = worker.run(LAUNCHER, "/etc/mpi/hostfile")
     assert code == 2 and "cannot read the hostfile '/etc/mpi/hostfile'" in output
+
+
+# --- launcher.sh --min-np ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elastic(worker: Pod) -> Pod:
+    """One of two workers that are listed, as the operator does."""
+    (worker.tmp / "hostfile").write_text("worker-0 slots=2\nworker-7 slots=2\n")
+    discover = worker.tmp / "discover_hosts.sh"
+    discover.write_text("#!/bin/sh\necho worker-0\n")
+    discover.chmod(0o755)
+    return worker
+
+
+ELASTIC = ["env", "JOB_WORKERS_TIMEOUT_SECONDS=1", "JOB_MORE_WORKERS_SECONDS=0", LAUNCHER, "--min-np"]
+FOLLOWED = "--discover /tmp/discover_hosts.sh --slots-per-host 2 -x NUMBA_CACHE_DIR /tmp/hostfile"
+
+
+def test_an_elastic_job_begins_with_enough_workers_and_cluster_sh_follows_the_operators_list(elastic: Pod) -> None:
+    outcomes(elastic, "exit 75", "exit 0")  # the first as after elastic.timeout_seconds with too few
+    code, output = elastic.run(*ELASTIC, "2", "--max-np", "8", "/tmp/hostfile", "run.resume=auto")
+    assert code == 0, output
+    assert calls(elastic) == [f"--min-np 2 --max-np 8 {FOLLOWED} run.resume=auto"] * 2
+    assert "preempted; going on when enough workers are ready" in output
+
+
+def test_an_elastic_job_waits_for_more_workers_than_it_needs_but_not_for_ever(elastic: Pod) -> None:
+    outcomes(elastic, "exit 0")
+    code, output = elastic.run("env", "JOB_MORE_WORKERS_SECONDS=1", LAUNCHER, "--min-np", "1", "/tmp/hostfile")
+    assert code == 0 and "1 of 2 workers answer, which are enough; waiting 1 s for the others" in output
+
+
+def test_an_elastic_job_with_too_few_workers_ends_in_time(elastic: Pod) -> None:
+    code, output = elastic.run(*ELASTIC, "3", "/tmp/hostfile")
+    assert code == 1 and "within 1 s not enough workers answered: worker-0 worker-7" in output
+    assert calls(elastic) == []
+
+
+def test_a_failure_of_an_elastic_job_is_final_though_a_worker_is_missing_all_the_while(elastic: Pod) -> None:
+    outcomes(elastic, "rm /tmp/job-here; exit 1", "exit 1", "exit 0")  # first a new pod has taken the place of a worker
+    code, output = elastic.run(*ELASTIC, "1", "/tmp/hostfile")
+    assert (code, len(calls(elastic))) == (1, 2), output
+    assert (elastic.tmp / "job-failed").exists()
+
+
+def test_workers_that_the_operator_adds_or_removes_are_seen_between_two_runs(worker: Pod) -> None:
+    (worker.tmp / "hostfile").write_text("worker-0 slots=1\nworker-7 slots=1\n")
+    outcomes(worker, "exit 0")
+    launcher = worker.popen(LAUNCHER, "/tmp/hostfile")
+    until((worker.tmp / "job-here").exists, "it does not look for workers")
+    (worker.tmp / "hostfile").write_text("worker-0 slots=1\n")
+    assert launcher.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--min-np"], ["--min-np", "0", "/tmp/hostfile"], ["--max-np", "x", "/tmp/hostfile"]]
+)
+def test_a_number_of_ranks_that_is_none_is_told(worker: Pod, words: list[str]) -> None:
+    code, output = worker.run(LAUNCHER, *words)
+    assert code == 2 and f"{words[0]} takes a number of ranks" in output
+
+
+# --- indexed.sh ------------------------------------------------------------------------------------------------------
+
+INDEXED = "/opt/job/launch/kubernetes/indexed.sh"
+
+
+def test_a_pod_of_the_elastic_indexed_job_answers_until_it_is_asked_to_go(tmp_path: Path, keys: Path) -> None:
+    told = ["JOB_COMPLETION_INDEX=1", "JOB_HOSTS=2", "JOB_RANKS_PER_HOST=1", "JOB_COORDINATOR=train-0.train"]
+    with Pod(tmp_path, keys, ["env", *told, INDEXED, "--min-np", "1", "run.resume=auto"]) as pod:
+        pod.until("ssh", "worker-0", "true")
+        pod.terminate()
+        assert pod.wait() == 75, "what podFailurePolicy forgives"
+        assert (pod.tmp / "job-leaving").exists()
+
+
+def test_a_pod_that_is_not_told_which_one_it_is_says_so(worker: Pod) -> None:
+    code, output = worker.run("env", "JOB_COMPLETION_INDEX=1", "JOB_HOSTS=2", INDEXED)
+    assert code == 2 and "JOB_RANKS_PER_HOST is not set" in output
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------

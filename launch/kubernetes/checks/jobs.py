@@ -15,6 +15,7 @@ from job.errors import JobError, Preempted, UsageError
 from launch.kubernetes.checks.manifest import (
     GPU,
     IN_IMAGE,
+    INDEXED_SCRIPT,
     RANK_SCRIPT,
     SSHD,
     SSHD_CONFIG,
@@ -70,7 +71,7 @@ def _missing_files(document: str, path: str, words: Sequence[str]) -> Iterator[P
 
 def ssh(documents: Sequence[Document]) -> Iterator[Problem]:
     """The pods of an MPIJob agree with launch/kubernetes/sshd_config, and end their ranks before they go."""
-    config = dict(re.findall(r"(?m)^(\w+) +(.*)$", (ROOT / "launch/kubernetes/sshd_config").read_text()))
+    config = _sshd_config()
     for document in documents:
         if document["kind"] != "MPIJob":
             continue
@@ -93,6 +94,10 @@ def ssh(documents: Sequence[Document]) -> Iterator[Problem]:
                 if "preStop" not in container.get("lifecycle", {}):
                     message = "without it SIGTERM reaches sshd alone, and the ranks are killed without a checkpoint"
                     yield Problem(name(document), f"{path}.lifecycle.preStop", message)
+
+
+def _sshd_config() -> dict[str, str]:
+    return dict(re.findall(r"(?m)^(\w+) +(.*)$", (ROOT / "launch/kubernetes/sshd_config").read_text()))
 
 
 def _listed_ports(container: Mapping[str, Any]) -> str:
@@ -125,6 +130,39 @@ def slots(documents: Sequence[Document]) -> Iterator[Problem]:
                 )
 
 
+def elastic(documents: Sequence[Document]) -> Iterator[Problem]:
+    """A job that goes on with fewer workers also begins with fewer, and may have as many ranks as there are."""
+    for document in documents:
+        own, slots = list(all_pods([document])), _ranks_per_pod(document)
+        options = next((found for pods in own for _, c in pods.containers if (found := _elastic_options(c))), {})
+        if "--min-np" not in options:
+            continue
+        ranks = slots * sum(pods.count for pods in own if pods.trains)
+        least, most = options["--min-np"], options.get("--max-np", ranks)
+        if not least <= ranks <= most:
+            message = f"the pods have {ranks} ranks, which is not from --min-np {least} to --max-np {most}"
+            where = "mpiReplicaSpecs.Worker.replicas" if document["kind"] == "MPIJob" else "parallelism"
+            yield Problem(name(document), f"spec.{where}", message)
+        if document["kind"] == "MPIJob":
+            yield from _begins_with(1 + -(-least // max(slots, 1)), document)
+
+
+def _begins_with(pods: int, document: Document) -> Iterator[Problem]:
+    spec = document["spec"]
+    if spec.get("launcherCreationPolicy") == "WaitForWorkersReady":
+        message = "must be AtStartup with --min-np, or the job begins only when all workers are there"
+        yield Problem(name(document), "spec.launcherCreationPolicy", message)
+    if spec.get("runPolicy", {}).get("schedulingPolicy", {}).get("minAvailable") != pods:
+        message = f"must be {pods}, the launcher and the workers for --min-np, or a gang scheduler waits for more"
+        yield Problem(name(document), "spec.runPolicy.schedulingPolicy.minAvailable", message)
+
+
+def _elastic_options(container: Mapping[str, Any]) -> dict[str, int]:
+    """``--min-np`` and ``--max-np``, if it runs the launcher and has them."""
+    words = command_line(container)
+    return {word: _number(number) for word, number in zip(words, words[1:]) if word in ("--min-np", "--max-np")}
+
+
 def indexed_job(documents: Sequence[Document]) -> Iterator[Problem]:
     """The variables of an Indexed Job describe it, its pods find each other, and 75 alone is forgiven."""
     for document in documents:
@@ -144,10 +182,32 @@ def indexed_job(documents: Sequence[Document]) -> Iterator[Problem]:
         if variables.get("JOB_COORDINATOR") != coordinator:
             message = f"is {variables.get('JOB_COORDINATOR')}, but pod 0 is called {coordinator}"
             yield Problem(name(document), f"{where}: JOB_COORDINATOR", message)
-        if _number(variables.get("JOB_COORDINATOR_PORT")) not in ports_of(own.spec["containers"][0]):
+        if INDEXED_SCRIPT in command_line(own.spec["containers"][0]):
+            yield from _launched_by_pod_0(document, own)
+        elif _number(variables.get("JOB_COORDINATOR_PORT")) not in ports_of(own.spec["containers"][0]):
             yield Problem(name(document), f"{where}: JOB_COORDINATOR_PORT", "is no port of the container")
         yield from _named_by_service(documents, document, own, subdomain)
         yield from _forgives(document)
+
+
+def _launched_by_pod_0(document: Document, own: Pods) -> Iterator[Problem]:
+    """Pod 0 reaches the others over ssh, its success is that of the job, and a pod that is killed is replaced alone."""
+    spec, container = document["spec"], own.spec["containers"][0]
+    path, config = f"{own.path}.spec", _sshd_config()
+    if int(config["Port"]) not in ports_of(container):
+        message = f"sshd_config has port {config['Port']}, the container {_listed_ports(container)}"
+        yield Problem(name(document), f"{path}.containers[0].ports", message)
+    keys = str(Path(config["HostKey"]).parent)
+    mounts = container.get("volumeMounts", ())
+    if not any("secret" in own.volume(mount) and mount["mountPath"] == keys for mount in mounts):
+        message = f"there is no Secret at {keys}, where sshd_config has the keys of the job"
+        yield Problem(name(document), f"{path}.containers[0].volumeMounts", message)
+    if {"succeededIndexes": "0"} not in spec.get("successPolicy", {}).get("rules", ()):
+        message = 'needs a rule `succeededIndexes: "0"`: the other pods do not end by themselves'
+        yield Problem(name(document), "spec.successPolicy", message)
+    if not spec.get("backoffLimitPerIndex"):
+        message = "without it one pod that is killed ends the job, and the others could go on"
+        yield Problem(name(document), "spec.backoffLimitPerIndex", message)
 
 
 def _named_by_service(
@@ -191,6 +251,7 @@ def training(documents: Sequence[Document]) -> Iterator[Problem]:
         ranks = _ranks_per_pod(document) * sum(pods.count for pods in all_pods([document]) if pods.trains)
         for pods in all_pods([document]) if ranks else ():
             for path, container in pods.containers:
+                ranks = max(ranks, _elastic_options(container).get("--max-np", 0))
                 arguments = _train_arguments(command_line(container))
                 if arguments is None:
                     continue
@@ -207,10 +268,17 @@ def _train_arguments(words: Sequence[str]) -> Optional[Sequence[str]]:
     """Those of train.py; None where the command does not start it."""
     for index, word in enumerate(words):
         if word in (f"{IN_IMAGE}launch/kubernetes/launcher.sh", f"{IN_IMAGE}launch/cluster.sh"):
-            return words[index + 2 :] if words[index + 1 : index + 2] == ["/etc/mpi/hostfile"] else words[index + 1 :]
-        if word == RANK_SCRIPT:
-            return words[index + 1 :]
+            rest = _without_elastic_options(words[index + 1 :])
+            return rest[1:] if rest[:1] == ["/etc/mpi/hostfile"] else rest
+        if word in (RANK_SCRIPT, INDEXED_SCRIPT):
+            return _without_elastic_options(words[index + 1 :])
     return None
+
+
+def _without_elastic_options(words: Sequence[str]) -> Sequence[str]:
+    while words[:1] in (["--min-np"], ["--max-np"]):
+        words = words[2:]
+    return words
 
 
 def _load(arguments: Sequence[str]) -> Config:
@@ -264,4 +332,4 @@ def _variables(document: Document) -> dict[str, str]:
     return {variable["name"]: variable.get("value", "") for variable in container.get("env", ())}
 
 
-CHECKS = (image, ssh, grace, slots, indexed_job, training)
+CHECKS = (image, ssh, grace, slots, elastic, indexed_job, training)

@@ -12,6 +12,7 @@ SSHD, SSHD_CONFIG = "/usr/sbin/sshd", "/home/mpiuser/.sshd_config"
 UID = 1000
 GPU = "nvidia.com/gpu"
 RANK_SCRIPT = f"{IN_IMAGE}launch/rank.py"
+INDEXED_SCRIPT = f"{IN_IMAGE}launch/kubernetes/indexed.sh"
 _QUANTITY = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)(m|[kMGTPE]|[KMGTPE]i|)")
 
 Document = Mapping[str, Any]
@@ -53,7 +54,9 @@ class Pods:
     @property
     def trains(self) -> bool:
         """Whether ranks run in it."""
-        return any({SSHD, RANK_SCRIPT} & set(command_line(container)) for _, container in self.containers)
+        return any(
+            {SSHD, RANK_SCRIPT, INDEXED_SCRIPT} & set(command_line(container)) for _, container in self.containers
+        )
 
     @property
     def of_job(self) -> bool:

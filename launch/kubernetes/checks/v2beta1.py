@@ -109,6 +109,11 @@ class Spec(_Part):
                 " launcherCreationPolicy WaitForWorkersReady: a gang scheduler waits for ever for more (by default one"
                 " more, for the launcher) and starts a job that is not whole with fewer"
             )
+        if available is not None and available > self.workers + 1:
+            raise ValueError(
+                f"runPolicy.schedulingPolicy.minAvailable is {available}, and there are {self.workers + 1} pods with"
+                " the launcher: a gang scheduler would wait for ever"
+            )
         return self
 
 

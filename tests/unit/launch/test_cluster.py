@@ -95,6 +95,18 @@ def test_arguments_after_the_hostfile_are_those_of_training() -> None:
     assert options.arguments == ["--config", "x.yaml", "-np", "train.epochs=2", "run.resume=auto"]
 
 
+def test_hosts_without_slots_get_those_that_are_named_for_all_wherever_they_are_listed(tmp_path: Path) -> None:
+    """The MPI operator's discover_hosts.sh prints names alone."""
+    hosts, script = tmp_path / "hosts", tmp_path / "discover_hosts.sh"
+    hosts.write_text("a slots=3\nb\n")
+    script.write_text("#!/bin/sh\necho b\necho c\n")
+    script.chmod(0o755)
+    options = cluster.parse(["--min-np", "1", "--discover", str(script), "--slots-per-host", "2", str(hosts)])
+    assert cluster.listed(options) == [Host("a", 3), Host("b", 2)]
+    assert cluster.listed(options, discovered=True) == [Host("b", 2), Host("c", 2)]
+    assert cluster.listed(cluster.parse([str(hosts)]), discovered=True) == [Host("a", 3), Host("b")]
+
+
 @pytest.mark.parametrize("given", ["run.resume=never", "run.overwrite=true"])
 def test_a_run_goes_on_unless_told_otherwise(given: str) -> None:
     assert cluster.parse(["hosts", given]).arguments == [given]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from job.errors import JobError
@@ -192,8 +193,11 @@ def test_an_agent_that_is_told_to_leave_says_so_and_its_ranks_go_on(grounds: lis
         ground.does(rank, f"echo $PPID > $FOLDER/agent{rank}; {WILLING}")
     gang = ground.begin(2)
     wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
-    os.kill(int((tmp_path / "agent1").read_text()), signal.SIGTERM)
+    agent = psutil.Process(int((tmp_path / "agent1").read_text()))
+    agent.terminate()
     wait_for(lambda: ground.places() == [Place("a", 0)])
     assert gang.ended() == []
     gang.signal(signal.SIGTERM)
     assert [rank.code for rank in end_of(gang)] == [75, 75]
+    assert agent.is_running()
+    wait_for(lambda: ground.places() and not agent.is_running())  # also where too few are left to start others

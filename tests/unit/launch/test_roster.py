@@ -82,6 +82,7 @@ def test_hosts_come_and_go_with_the_list_and_a_list_that_cannot_be_read_stays(mo
     assert listed.said == ["hosts: cannot be read; the hosts stay as they are"]
     listed.fails, listed.hosts = False, [Host("b")]
     listed.becomes("b")
+    assert listed.roster.slots("a") == 1, "whoever has just seen it as fit may ask"
     listed.roster.close()
 
 
