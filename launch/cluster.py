@@ -1,4 +1,5 @@
 """Run by launch/cluster.sh, for a person: several machines over ssh. ``launch/cluster.sh --help`` says how.
+launch/slurm.sbatch runs it too, for a job that goes on when a node is lost: then agents are started by srun.
 
 Horovod's rendezvous server and its allocation of ranks are used as ``horovodrun`` uses them, but the ranks are started
 by an agent on each host (launch/hosts/agent.py): ``horovodrun`` puts the environment on the remote command line, where
@@ -41,7 +42,8 @@ from launch.hosts import checks, hostfile
 from launch.hosts.ground import HostGround
 from launch.hosts.hostfile import Host
 from launch.hosts.roster import Roster, discover
-from launch.hosts.ssh import Ssh
+from launch.hosts.srun import Srun
+from launch.hosts.ssh import Reach, Ssh
 from launch.hosts.supervise import SILENCE_SECONDS, Job, Site
 from launch.shared.arguments import with_auto_resume
 
@@ -56,7 +58,6 @@ _ALLOWED = re.compile(
 
 _GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")  # where -x names them, they hold on the hosts too
 _ELASTIC_SILENCE_SECONDS = 10.0  # for an agent to take the launcher for dead, where others go on without that host
-_ELASTIC_ALIVE_SECONDS = 2  # see Ssh
 _RESOLVE_SECONDS = 5.0  # for all names together
 
 _DESCRIPTION = """Train on several machines, over ssh.
@@ -120,6 +121,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     _require_file("-i", options.ssh_identity_file)
     _require_file("--discover", options.discover)
     _require_consistent(options)
+    if options.srun and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("--srun is for use within a Slurm job: SLURM_JOB_ID is not set")
     options.arguments = with_auto_resume(options.arguments)
     return options
 
@@ -177,6 +180,7 @@ def _parser() -> _Parser:
     )
 
     add = parser.add_argument_group("how hosts are reached").add_argument
+    add("--srun", action="store_true", help="by Slurm's srun: the hosts are nodes of the Slurm job that this runs in")
     add("-p", "--ssh-port", type=_positive, metavar="PORT", help="port of sshd on all hosts")
     add("-i", "--ssh-identity-file", type=Path, metavar="FILE", help="private key for the login")
     add(
@@ -239,7 +243,7 @@ def allocate(hosts: Sequence[Host], ranks: Optional[int], gpus: Mapping[str, int
 
 def sites(
     options: argparse.Namespace,
-    ssh: Ssh,
+    reach: Reach,
     local: set[str],
     placed: Mapping[str, list[SlotInfo]],
     network: Mapping[str, Mapping[str, str]],
@@ -249,7 +253,7 @@ def sites(
     return [
         Site(
             host,
-            start_of_agent(host, ssh, local),
+            start_of_agent(host, reach, local),
             {
                 "directory": os.getcwd(),
                 "command": [sys.executable, str(ROOT / "job" / "train.py"), *options.arguments],
@@ -263,10 +267,10 @@ def sites(
     ]
 
 
-def start_of_agent(host: str, ssh: Ssh, local: Container[str]) -> list[str]:
+def start_of_agent(host: str, reach: Reach, local: Container[str]) -> list[str]:
     """The words that start the agent of a host, from here."""
     agent = [sys.executable, str(ROOT / "launch" / "hosts" / "agent.py")]
-    return [*as_after_login(), *agent] if host in local else ssh.command(host, agent)
+    return [*as_after_login(), *agent] if host in local else reach.command(host, agent)
 
 
 def as_after_login() -> list[str]:
@@ -313,8 +317,10 @@ def resolve_config(arguments: Sequence[str], ranks: int, first_is_local: bool) -
     return config
 
 
-def own_hosts(hosts: Iterable[Host]) -> set[str]:
-    """Those that are this machine, and need no ssh."""
+def own_hosts(options: argparse.Namespace, hosts: Iterable[Host]) -> set[str]:
+    """Those that are this machine, and need no ssh. Slurm is to see what runs on its nodes, on this one too."""
+    if options.srun:
+        return set()
     own = own_addresses()
     found: dict[str, str] = {}  # what is not known in time, because a name server is away, ssh has to find out
     threads = [threading.Thread(target=_resolve, args=(host.name, found), daemon=True) for host in hosts]
@@ -354,7 +360,7 @@ def print_commands(of: Sequence[Site], forward: Iterable[str]) -> None:
 
 
 def check_hosts(
-    options: argparse.Namespace, ssh: Ssh, hosts: Sequence[Host], local: set[str], config: Mapping[str, Any]
+    options: argparse.Namespace, reach: Reach, hosts: Sequence[Host], local: set[str], config: Mapping[str, Any]
 ) -> list[checks.Answer]:
     """Ask the hosts that get ranks, and print what they say.
 
@@ -363,7 +369,7 @@ def check_hosts(
     """
     asked = hosts if _open(hosts) else [host for host in hosts if host.name in allocate(hosts, options.np, {})]
     with Console(stderr=True).status(f"asking {len(asked)} hosts"):
-        answers, problems = examine(options, ssh, asked, local, config)
+        answers, problems = examine(options, reach, asked, local, config)
     gpus = {answer.host: answer.gpus for answer in answers}
     placed = {host: len(slots) for host, slots in allocate(hosts, options.np, gpus).items()}
     show(options, answers, placed, problems)
@@ -375,7 +381,7 @@ def check_hosts(
 
 def examine(
     options: argparse.Namespace,
-    ssh: Ssh,
+    reach: Reach,
     asked: Sequence[Host],
     local: set[str],
     config: Mapping[str, Any],
@@ -388,11 +394,11 @@ def examine(
     commands = {
         host.name: [*as_after_login(), *checks.SHELL]
         if host.name in local
-        else ssh.command(host.name, checks.SHELL, first_contact=True)
+        else reach.command(host.name, checks.SHELL, first_contact=True)
         for host in asked
     }
     ranks = {host.name: host.slots for host in asked}
-    answers = checks.ask_all(commands, question, options.check_timeout, ranks)
+    answers = checks.ask_all(commands, question, options.check_timeout, reach.remedy, ranks)
     together = [*before, *answers]
     checks.place(together, local)
     problems = checks.judge(together, ROOT)
@@ -444,20 +450,24 @@ def network_variables(
     }
 
 
-def reached_by(options: argparse.Namespace) -> Ssh:
+def reached_by(options: argparse.Namespace) -> Reach:
     """How hosts are reached."""
+    if options.srun:
+        return Srun(os.environ["SLURM_JOB_ID"])
     pinned = options.pin_host_keys and options.pin_host_keys.absolute()
     return Ssh(options.ssh_port, options.ssh_identity_file, pinned)
 
 
-def _require_ssh(hosts: Sequence[Host], local: set[str]) -> None:
-    if not shutil.which("ssh") and {host.name for host in hosts} - local:
+def _require_tool(options: argparse.Namespace, hosts: Sequence[Host], local: set[str]) -> None:
+    if options.srun and not shutil.which("srun"):
+        raise JobError("there is no srun on PATH, by which hosts are to be reached")
+    if not options.srun and not shutil.which("ssh") and {host.name for host in hosts} - local:
         raise JobError("there is no ssh on PATH, by which hosts are reached: apt-get install openssh-client")
 
 
 def launch_elastic(options: argparse.Namespace, hosts: Sequence[Host]) -> int:
     """The same, for a job that goes on when ranks or hosts die, and that hosts may join."""
-    local, ssh = own_hosts(hosts), reached_by(options)._replace(alive_seconds=_ELASTIC_ALIVE_SECONDS)
+    local, reach = own_hosts(options, hosts), reached_by(options)
     slots = sum(host.slots or 1 for host in hosts)
     most = options.max_np or options.np
     values = resolve_config(options.arguments, most or slots, hosts[0].name in local)
@@ -467,20 +477,21 @@ def launch_elastic(options: argparse.Namespace, hosts: Sequence[Host]) -> int:
     train = [sys.executable, str(ROOT / "job" / "train.py"), *lasting]
     passed = environment(options.forward, os.environ)
     if options.dry_run:
-        print_commands(sites(options, ssh, local, allocate(hosts, None, {}), {}), options.forward)
+        print_commands(sites(options, reach, local, allocate(hosts, None, {}), {}), options.forward)
         return 0
-    _require_ssh(hosts, local)
+    _require_tool(options, hosts, local)
 
     def site(answer: checks.Answer) -> Site:
         settings = {
             "stay": True, "directory": os.getcwd(), "run_dir": str(config.run.dir), "command": [], "environment": {},
             "ranks": [], "silence_seconds": _ELASTIC_SILENCE_SECONDS, "grace_seconds": options.stop_timeout,
+            "orphaned": reach.orphaned,
         }  # fmt: skip
-        return Site(answer.host, start_of_agent(answer.host, ssh, local), settings)
+        return Site(answer.host, start_of_agent(answer.host, reach, local), settings)
 
     def take_in(asked: Sequence[Host], before: Sequence[checks.Answer]) -> checks.Found:
-        local.update(own_hosts(asked))
-        return examine(options, ssh, asked, local, values, before)
+        local.update(own_hosts(options, asked))
+        return examine(options, reach, asked, local, values, before)
 
     def network(answers: Sequence[checks.Answer], port: int) -> dict[str, dict[str, str]]:
         checks.place(answers, local)
@@ -508,20 +519,20 @@ def launch(options: argparse.Namespace) -> int:
     if options.min_np:
         return launch_elastic(options, hosts)
     placed = allocate(hosts, None if _open(hosts) else options.np, {})
-    local = own_hosts(hosts)
+    local = own_hosts(options, hosts)
     ranks = options.np or sum(map(len, placed.values()))
     config = resolve_config(options.arguments, ranks, hosts[0].name in local)
-    ssh = reached_by(options)
+    reach = reached_by(options)
     if options.dry_run:
-        print_commands(sites(options, ssh, local, placed, {}), options.forward)
+        print_commands(sites(options, reach, local, placed, {}), options.forward)
         return 0
-    _require_ssh(hosts, local)
-    answers = check_hosts(options, ssh, hosts, local, config)
+    _require_tool(options, hosts, local)
+    answers = check_hosts(options, reach, hosts, local, config)
     if options.check:
         return 0
     placed = allocate(hosts, options.np, {answer.host: answer.gpus for answer in answers})
     network = network_variables(answers, options, start_rendezvous(placed))
-    return Job(sites(options, ssh, local, placed, network), options.stop_timeout).run()
+    return Job(sites(options, reach, local, placed, network), options.stop_timeout).run()
 
 
 if __name__ == "__main__":

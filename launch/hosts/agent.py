@@ -1,4 +1,4 @@
-"""Run on each host by launch/cluster.py, over ssh: starts the ranks there, passes on what they print, and ends them.
+"""Run on each host by launch/cluster.py, over ssh or srun: starts the ranks there, passes on their output, ends them.
 
     ssh HOST python launch/hosts/agent.py        (what follows comes over its standard input)
 
@@ -18,12 +18,13 @@ A plan with ``stay`` is of a job that goes on when ranks die (launch/hosts/groun
 commits in memory, and stays when the ranks have ended. A later line that is a JSON object holds the ``command``,
 ``environment`` and ``ranks`` of the next start. ``look`` asks for the newest commit and the newest checkpoint in
 ``run_dir``; ``save`` makes a checkpoint of that commit. SIGTERM to the agent means that this host is to leave. Where
-the launcher is gone before it could ask, the agent saves the commit by itself, if it is newer than the checkpoints.
+the launcher is gone before it could ask, the agent saves the commit by itself, if it is newer than the checkpoints. If
+the launcher fell silent, it then runs the command ``orphaned`` of the plan, where there is one.
 
 What the agent writes is one JSON object a line: ``{"rank", "stream", "text"}``, ``{"rank", "code"}``, or ``{"error"}``
-if a rank cannot be started. If it stays, also ``{"progress": [went on, steps]}`` when that changes, ``{"ended"}`` when
-all ranks of a start have, ``{"leaving"}``, and the answers ``{"commit", "checkpoint"}`` (steps, or -1) and
-``{"saved"}`` (what went wrong).
+if a rank cannot be started, and ``{"here"}``, a sign of life. If it stays, also ``{"progress": [went on, steps]}`` when
+that changes, ``{"ended"}`` when all ranks of a start have, ``{"leaving"}``, and the answers
+``{"commit", "checkpoint"}`` (steps, or -1) and ``{"saved"}`` (what went wrong).
 
 It needs nothing but Python, so that it starts at once. Should it be killed itself, the ranks find their output unread
 and end (job/distributed/watchdog.py).
@@ -42,6 +43,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any, Optional
 
@@ -49,9 +51,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.elastic.memory import memory
 
+_BEATS = 6  # signs of life in ``silence_seconds``; the launcher counts them
 _LISTEN_SECONDS = 1.0
 _PROGRESS_SECONDS = 0.05
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+_ORPHANED_SECONDS = 60.0
 _DRAIN_SECONDS = 5.0  # for the output of a rank that has ended, should a process that it left hold the pipe
 
 
@@ -65,18 +69,26 @@ class Agent:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._asked: Optional[signal.Signals] = None  # of the ranks of this start
         self._memory: Optional[Path] = None  # for commits; None if the agent does not stay
+        self._silence = False  # of the launcher, whose host may be lost
         self._starts: queue.SimpleQueue[Optional[dict[str, Any]]] = queue.SimpleQueue()  # None: no more will come
 
     def run(self) -> None:
         """Start the ranks and wait until all of them have ended; if the plan says to stay, again and again."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self._asked_to_stop())
+        beat_seconds = self._plan["silence_seconds"] / _BEATS
+        threading.Thread(target=self._beat, args=[beat_seconds], daemon=True).start()
         if "stay" in self._plan:
             with memory() as self._memory:
                 threading.Thread(target=self._listen, daemon=True).start()
                 while start := self._starts.get():
                     self._train({**self._plan, **start})
                 self._rescue()
+                if self._silence and self._plan.get("orphaned"):
+                    subprocess.run(
+                        self._plan["orphaned"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL, timeout=_ORPHANED_SECONDS,
+                    )  # fmt: skip
         else:
             self._train(self._plan)
 
@@ -103,6 +115,11 @@ class Agent:
             self._tell_progress_until_over(thread)
         if self._memory:
             self.say(ended=True)
+
+    def _beat(self, seconds: float) -> None:
+        while True:
+            time.sleep(seconds)
+            self.say(here=True)
 
     def _tell_progress_until_over(self, rank: threading.Thread) -> None:
         told = None
@@ -216,6 +233,7 @@ class Agent:
             if select.select([self._words], [], [], wait)[0]:
                 return True
             left -= wait
+        self._silence = True
         return False
 
 

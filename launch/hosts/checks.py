@@ -7,11 +7,12 @@ answers are compared, and whatever would end the run later becomes a :class:`Pro
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +29,18 @@ _FACTS = {"commit", "python", "packages", "processor", "free_disk_bytes", "data"
 
 # It goes over standard input: a login shell that is csh takes no newline in a quoted word, and `!` for history.
 #
-# What the doctor cannot know: by which addresses this host and the launcher see each other (sshd sets SSH_CONNECTION),
-# how many ranks it takes by default, and whether it holds checkpoints of this run.
+# What the doctor cannot know: by which addresses this host and the launcher see each other (sshd sets SSH_CONNECTION;
+# Slurm tells half of it), how many ranks it takes by default, and whether it holds checkpoints of this run.
 _SCRIPT = """
 cd {directory} || exit {no_directory}
 {settings}
-echo "connection=$SSH_CONNECTION"
+echo "connection=${{SSH_CONNECTION:-$({connection})}}"
 echo "gpus=$({gpus})"
 echo "checkpoints=$(ls -d {checkpoints}/step-* 2>/dev/null | grep -c .)"
 exec {doctor} </dev/null
 """
 SHELL = ("sh", "-s")  # what is started on every host, to read the script
+_NOTICE = re.compile(r"srun: error: \S+ task 0: Exited with exit code \d+")  # which is known
 
 
 class Problem(NamedTuple):
@@ -81,6 +83,7 @@ class Question(NamedTuple):
             directory=shlex.quote(str(self.directory)),
             no_directory=_NO_DIRECTORY,
             settings="\n".join(f"export {name}={shlex.quote(value)}" for name, value in self.settings.items()),
+            connection=shlex.join([self.python, "-I", str(self.root / "launch" / "hosts" / "srun.py")]),
             checkpoints=shlex.quote(str(self.run_dir / "checkpoints")),
             gpus=shlex.join([self.python, "-I", str(self.root / "job" / "distributed" / "gpus.py")]),
             doctor=shlex.join(doctor),
@@ -107,11 +110,16 @@ class Answer:
         return str(self.facts.get("started", ""))
 
 
+Remedy = Callable[[str, str], str]  # for a host that was not reached, and what was written of it
 Found = tuple[list[Answer], list[Problem]]  # what hosts have said, and what is wrong with them
 
 
 def ask_all(
-    commands: Mapping[str, Sequence[str]], question: Question, timeout: float, ranks: Mapping[str, Optional[int]] = {}
+    commands: Mapping[str, Sequence[str]],
+    question: Question,
+    timeout: float,
+    remedy: Remedy,
+    ranks: Mapping[str, Optional[int]] = {},
 ) -> list[Answer]:
     """Ask all hosts at once, each by the command that starts a shell there, and with the ranks that it is to have.
 
@@ -119,11 +127,18 @@ def ask_all(
     """
     with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
         return list(
-            pool.map(lambda item: ask(item[0], item[1], question, timeout, ranks.get(item[0])), commands.items())
+            pool.map(lambda host: ask(host, commands[host], question, timeout, remedy, ranks.get(host)), commands)
         )
 
 
-def ask(host: str, command: Sequence[str], question: Question, timeout: float, ranks: Optional[int] = None) -> Answer:
+def ask(
+    host: str,
+    command: Sequence[str],
+    question: Question,
+    timeout: float,
+    remedy: Remedy,
+    ranks: Optional[int] = None,
+) -> Answer:
     """Run the question on one host and read what comes back."""
     began = time.time()
     process = subprocess.Popen(
@@ -138,8 +153,12 @@ def ask(host: str, command: Sequence[str], question: Question, timeout: float, r
         output, errors = process.communicate(question.script(ranks), timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
-        remedy = f"see whether `ssh {host} true` answers, or give it more time with --check-timeout"
-        return Answer(host, Problem(host, "reachable", f"no answer within {timeout:g} s", remedy))
+        more = f"{remedy(host, '')}; or give it more time with --check-timeout"
+        return Answer(host, Problem(host, "reachable", f"no answer within {timeout:g} s", more))
+    errors = _NOTICE.sub("", errors)
+    if process.returncode not in (0, _NO_DIRECTORY) and "connection=" not in output:
+        last = _last(errors, process.returncode)
+        return Answer(host, Problem(host, "reachable", last, remedy(host, errors)))
     answer = Answer(host, _failure(host, process.returncode, errors, question))
     if not answer.problem:
         _understand(answer, output, errors, question)
@@ -149,26 +168,17 @@ def ask(host: str, command: Sequence[str], question: Question, timeout: float, r
 
 
 def _failure(host: str, code: int, errors: str, question: Question) -> Optional[Problem]:
-    last = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {code}"
-    if code == 255:
-        return Problem(host, "reachable", last, _ssh_remedy(host, errors))
     if code == _NO_DIRECTORY:
         return Problem(
             host, "directory", f"{question.directory} is not there", "start from a directory that all hosts have"
         )
     if code in _NO_COMMAND:
-        return Problem(host, "environment", last, f"run {question.root}/launch/setup.sh on {host}")
+        return Problem(host, "environment", _last(errors, code), f"run {question.root}/launch/setup.sh on {host}")
     return None
 
 
-def _ssh_remedy(host: str, errors: str) -> str:
-    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in errors or "has changed and you have requested" in errors:
-        return f"if {host} was installed anew, remove its old key from the known hosts; if not, do not trust it"
-    if "Host key verification failed" in errors:
-        return f"compare its key and accept it once with `ssh {host} true`, or give --pin-host-keys FILE"
-    if "Permission denied" in errors:
-        return f"let the key of this machine in: ssh-copy-id {host}, or give -i FILE"
-    return f"`ssh {host} true` must work without a question"
+def _last(errors: str, code: int) -> str:
+    return errors.strip().splitlines()[-1] if errors.strip() else f"exit code {code}"
 
 
 def _understand(answer: Answer, output: str, errors: str, question: Question) -> None:

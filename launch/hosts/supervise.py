@@ -17,10 +17,11 @@ from typing import IO, Any, NamedTuple, Optional
 from job.errors import Preempted
 
 PREEMPTED = Preempted.exit_code
+_BEATS = 6  # signs of life in the silence after which an agent takes us for dead
+_MISSED_BEATS = 3  # of an agent, which has as many: its host is taken for dead
 _SSH_FAILED = 255  # its own exit code; all others are those of the command
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _TERM_SECONDS = 5.0  # for ranks whose peer has died: they cannot finish their step, only say what they know
-BEAT_SECONDS = 10.0  # between signs of life to the agents; see SILENCE_SECONDS
 SILENCE_SECONDS = 60.0  # after which an agent takes the launcher for dead: a cut link closes no connection
 _ECHO_SECONDS = 1.0  # timeout(1) and process groups deliver one signal twice
 _KILL_SECONDS = 5.0  # for hosts to confirm that all is over
@@ -63,7 +64,7 @@ class Link:
         self.over = False
         self._tell = tell
         self._last_error = ""
-        self._beat_seconds = min(BEAT_SECONDS, site.plan["silence_seconds"] / 5)
+        self._missing: Optional[int] = None  # beats of ours since the agent's last word; None before its first
         # A session of its own: Ctrl-C must not end the connection over which the ranks are asked to stop.
         self._process = subprocess.Popen(
             site.command,
@@ -92,12 +93,14 @@ class Link:
     def _write(self) -> None:
         pipe = self._process.stdin
         assert pipe is not None
+        beat_seconds = self.site.plan["silence_seconds"] / _BEATS
         try:
             while not self.over:
                 try:
-                    word = self._words.get(timeout=self._beat_seconds)
+                    word = self._words.get(timeout=beat_seconds)
                 except queue.Empty:
                     word = "here"
+                    self._count_silence()
                 if word is None:
                     pipe.close()
                     return
@@ -105,6 +108,14 @@ class Link:
                 pipe.flush()
         except OSError:
             pass  # the end of the connection is told by _read
+
+    def _count_silence(self) -> None:
+        """Give up an agent that says nothing more. Beats are counted, not seconds: we may have been paused with it."""
+        if self._missing is not None:
+            self._missing += 1
+            if self._missing > _MISSED_BEATS:
+                self._last_error = "it does not answer"
+                self.abandon()
 
     def _read(self) -> None:
         errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
@@ -123,6 +134,7 @@ class Link:
         except (ValueError, AttributeError, TypeError):  # a login script's
             self._tell(Event("line", host, text=line, stream="stderr"))
             return
+        self._missing = 0
         if "error" in said:
             self._last_error = said["error"]
         elif "code" in said:

@@ -1,5 +1,5 @@
 """A real Slurm of two nodes on this machine: its own munged, slurmctld and two slurmd, in a folder and on ports of its
-own.
+own. A node is a set of Linux namespaces: it has processes and memory of its own, and loses both at once.
 
 It needs the programs of Debian's slurm-wlm (apt-get install slurm-wlm), none of its services, and root, as slurmd does.
 """
@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from tests.parallel.conftest import ROOT, free_port
 
-PROGRAMS = "munged slurmctld slurmd sbatch srun scancel scontrol squeue".split()
+PROGRAMS = "unshare setpriv munged slurmctld slurmd sbatch srun scancel scontrol squeue".split()
 PATIENCE = 240.0  # seconds, for a job of 10 to 20; a failing test waits so long, a passing one does not
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 HOST = socket.gethostname()
@@ -51,6 +52,14 @@ NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=2
 NodeName={host}-second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+# A machine is told from others by the id that its kernel made when it started.
+NODE = """
+mount -t tmpfs tmpfs /dev/shm
+mount --bind {folder}/boot_id.{name} /proc/sys/kernel/random/boot_id
+exec slurmd -D -N {name}
+"""
+NAMESPACES = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+SECOND = f"{HOST}-second"
 
 
 class Slurm:
@@ -59,6 +68,41 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}  # the daemons, and each node by its name
+
+    def start(self, name: str, daemon: list[str]) -> None:
+        with open(self.folder / f"{name}.out", "ab") as output:
+            self._running[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *daemon],
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def boot(self, node: str) -> None:
+        """Start a node."""
+        (self.folder / f"boot_id.{node}").write_text(f"{uuid.uuid4()}\n")
+        self.start(node, [*NAMESPACES, "sh", "-ec", NODE.format(folder=self.folder, name=node)])
+
+    def kill(self, node: str) -> None:
+        """End everything there at once, as a power cut does. Slurm does not know it yet."""
+        self._running[node].kill()
+        self._running[node].wait()
+
+    def dead(self, node: str) -> bool:
+        return self._running[node].poll() is not None
+
+    def bring_back(self, node: str) -> None:
+        """Repair it, and tell Slurm so."""
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
+        self.boot(node)
+        _until(lambda: self.command("sinfo", "--noheader", f"--nodes={node}", "--format=%T") == "down", self.folder)
+        self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def end(self) -> None:
+        for name in reversed([*self._running]):
+            self.kill(name)
 
     def command(self, *words: str, **variables: str) -> str:
         """Run a command of Slurm, and return what it prints."""
@@ -135,36 +179,19 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     # By force: it would rather not have its socket in a folder that only we can enter.
     munge = {name: f"--{name}={folder / 'munge' / name.split('-')[0]}" for name in ("socket", "key-file", "pid-file")}
     munged = ["munged", "--force", "--foreground", *munge.values(), f"--seed-file={folder}/munge/seed"]
-    daemons = [
-        [*munged, f"--log-file={folder}/munge/log", "--num-threads=4"],
-        ["slurmctld", "-D"],
-        ["slurmd", "-D", "-N", HOST],
-        ["slurmd", "-D", "-N", f"{HOST}-second"],
-    ]
-    running: list[subprocess.Popen[bytes]] = []
     try:
-        for daemon in daemons:
-            with open(folder / f"{len(running)}.out", "wb") as output:
-                running.append(
-                    subprocess.Popen(
-                        daemon, env=slurm.environment, stdout=output, stderr=output, start_new_session=True
-                    )
-                )
-            if len(running) == 1:
-                _until(lambda: (folder / "munge" / "socket").exists(), folder)
+        slurm.start("munged", [*munged, f"--log-file={folder}/munge/log", "--num-threads=4"])
+        _until(lambda: (folder / "munge" / "socket").exists(), folder)
+        slurm.start("slurmctld", ["slurmctld", "-D"])
+        slurm.boot(HOST)
+        slurm.boot(SECOND)
         _until(lambda: _idle(slurm) == 2, folder)
         yield slurm
         slurm.command("scancel", "--quiet", "--user=root", "--signal=KILL", "--full")
         slurm.command("scancel", "--quiet", "--user=root")
         _until(lambda: not slurm.command("squeue", "--noheader"), folder)
     finally:
-        for process in reversed(running):
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        slurm.end()
 
 
 def _idle(slurm: Slurm) -> int:

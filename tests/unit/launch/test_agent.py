@@ -124,6 +124,23 @@ def test_a_silent_launcher_is_taken_for_dead(start: Any) -> None:
     assert agent.rest()[-1] == {"rank": 0, "code": 75}
 
 
+@pytest.mark.parametrize("silent", [True, False])
+def test_an_agent_whose_launcher_fell_silent_does_what_the_plan_says_then(
+    start: Any, tmp_path: Path, silent: bool
+) -> None:
+    plan = {"stay": True, "run_dir": "run", "directory": str(tmp_path), "orphaned": ["touch", str(tmp_path / "done")]}
+    agent = start("", ranks=0, silence_seconds=0.5 if silent else 60, **plan)
+    if not silent:
+        agent.process.stdin.close()
+    agent.rest()
+    assert (tmp_path / "done").exists() == silent
+
+
+def test_an_agent_gives_signs_of_life(start: Any) -> None:
+    agent = start(WILLING, silence_seconds=6)
+    assert {"here": True} in [agent.say(), agent.say()]  # beside what its rank says
+
+
 def test_an_agent_that_was_itself_paused_still_hears_a_launcher_that_was_paused_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

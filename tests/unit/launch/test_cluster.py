@@ -13,6 +13,7 @@ import pytest
 from job.errors import UsageError
 from launch import cluster
 from launch.hosts.hostfile import Host
+from launch.hosts.srun import Srun
 from launch.hosts.ssh import Ssh
 
 SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "cluster.sh"
@@ -86,6 +87,15 @@ def test_what_runs_on_the_host_is_one_word_for_its_shell() -> None:
     assert Ssh().command("h", ["python", "a b", "$HOME"])[-1] == "python 'a b' '$HOME'"
 
 
+def test_a_step_of_slurm_sees_no_variable_that_would_steer_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "9", "SLURM_CONF": "/conf", "A_TOKEN": "secret", "HOME": "/home/me"}.items():
+        monkeypatch.setenv(name, value)
+    words = Srun("7").command("n2", ["python", "a b"])
+    assert words[:2] == ["env", "-i"] and words[-3:] == ["--nodelist=n2", "python", "a b"]
+    assert {"SLURM_CONF=/conf", "HOME=/home/me", "--jobid=7", "--overlap", "--ntasks=1"} <= {*words}
+    assert not {"SLURM_NTASKS=9", "A_TOKEN=secret"} & {*words}
+
+
 # --- the command line ---
 
 
@@ -122,6 +132,7 @@ def test_a_run_goes_on_unless_told_otherwise(given: str) -> None:
         (["-x", "NO_SUCH_VARIABLE", "hosts"], "-x NO_SUCH_VARIABLE: there is no such variable"),
         (["-i", "/no/such/key", "hosts"], "/no/such/key: there is no such file"),
         (["--max-np", "3", "hosts"], "give --min-np N too"),
+        (["--srun", "hosts"], "SLURM_JOB_ID is not set"),
         (["--min-np", "1", "--discover", "/no/such/script", "hosts"], "/no/such/script: there is no such file"),
         (["--min-np", "4", "--max-np", "3", "hosts"], "--min-np 4 is more than there may be ranks, 3"),
         (["--min-np", "1", "-np", "2", "--max-np", "3", "hosts"], "give one of them"),
@@ -130,6 +141,16 @@ def test_a_run_goes_on_unless_told_otherwise(given: str) -> None:
 def test_wrong_usage_is_told(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         cluster.parse(words)
+
+
+def test_within_a_slurm_job_all_nodes_are_reached_by_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("localhost\nn2:2\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert cluster.launch(cluster.parse(["--srun", "--min-np", "1", "--dry-run", str(tmp_path / "hosts")])) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if "agent.py" in line]
+    assert [re.search(r"srun --jobid=7 .*--nodelist=(\S+)", command)[1] for command in commands] == ["localhost", "n2"]  # type: ignore[index]
 
 
 def test_help_teaches(tmp_path: Path) -> None:

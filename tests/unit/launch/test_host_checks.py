@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from launch.hosts.checks import (
     place,
     table,
 )  # fmt: skip
-from launch.hosts.ssh import Ssh
+from launch.hosts.srun import Srun
+from launch.hosts.ssh import Reach, Ssh
 
+SSH = Ssh()
 ROOT = Path("/opt/job")
 QUESTION = Question("/opt/job/.venv/bin/python", ROOT, Path("/"), Path("/runs/one"), ["run.dir=/runs/one"])
 FACTS = {
@@ -53,8 +57,8 @@ def says(text: str, code: int = 0, errors: str = "") -> list[str]:
     return ["sh", "-c", f"cat <<'END'\n{text}\nEND\necho '{errors}' >&2; exit {code}"]
 
 
-def asked(text: str, code: int = 0, errors: str = "", timeout: float = 20) -> Answer:
-    return ask("h", says(text, code, errors), QUESTION, timeout)
+def asked(text: str, code: int = 0, errors: str = "", timeout: float = 20, reach: Reach = SSH) -> Answer:
+    return ask("h", says(text, code, errors), QUESTION, timeout, reach.remedy)
 
 
 SAID = 'Welcome!\nconnection=10.0.0.9 50000 10.0.0.1 22\ngpus=4\ncheckpoints=2\n{"facts": %s, "checks": []}'
@@ -81,12 +85,44 @@ def test_an_answer_is_understood_whatever_a_login_script_writes_first() -> None:
     ],
 )
 def test_each_way_of_failing_has_its_field_and_its_remedy(code: int, errors: str, field: str, remedy: str) -> None:
-    problem = asked("", code, errors).problem
+    problem = asked("" if code in (90, 255) else "connection=", code, errors).problem
     assert problem is not None
     assert (problem.host, problem.field) == ("h", field)
     assert remedy in problem.remedy
     if errors:
         assert errors.splitlines()[-1] in problem.message
+
+
+NOTICE = "srun: error: h: task 0: Exited with exit code"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "errors", "told"),
+    [
+        (
+            "",
+            1,
+            "srun: error: Unable to create step for job 7: Requested nodes are down",
+            "h: reachable: srun: error: Unab",
+        ),
+        (
+            "",
+            1,
+            "srun: cluster lacks cpu binding\nsrun: error: Node failure on h",
+            "srun: error: Node failure on h; `sinfo",
+        ),
+        ("", 90, f"{NOTICE} 90", "h: directory: / is not there"),
+        (
+            "connection=",
+            127,
+            f"sh: 1: exec: python: not found\n{NOTICE} 127",
+            "h: environment: sh: 1: exec: python: not",
+        ),
+        ("connection=", 2, f"{NOTICE} 2\nerror: no doctor", "h: doctor: error: no doctor"),
+    ],
+)
+def test_what_srun_adds_does_not_hide_what_went_wrong(said: str, code: int, errors: str, told: str) -> None:
+    assert told in str(asked(said, code, errors, reach=Srun("7")).problem)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +135,7 @@ def test_half_an_answer_is_a_problem_and_no_traceback(said: str) -> None:
 
 
 def test_a_host_that_hangs_is_given_up_and_named() -> None:
-    problem = ask("h", ["sleep", "1000"], QUESTION, 0.2).problem
+    problem = ask("h", ["sleep", "1000"], QUESTION, 0.2, SSH.remedy).problem
     assert problem is not None
     assert "no answer within 0.2 s" in str(problem)
 
@@ -108,7 +144,7 @@ def test_hosts_are_asked_at_the_same_time(tmp_path: Path) -> None:
     """Each waits for the others to have been asked: one after the other, they would all be given up."""
     meet = f"touch {tmp_path}/$0; until [ $(ls {tmp_path} | wc -l) = 5 ]; do sleep 0.02; done"
     commands = {f"h{i}": ["sh", "-c", meet, f"h{i}"] for i in range(5)}
-    assert [a.problem.field for a in ask_all(commands, QUESTION, 20) if a.problem] == ["doctor"] * 5
+    assert [a.problem.field for a in ask_all(commands, QUESTION, 20, SSH.remedy) if a.problem] == ["doctor"] * 5
 
 
 @pytest.mark.parametrize(("offset", "lowest", "highest"), [(0, 0, 0), (100, 99, 100), (-100, -100, -99)])
@@ -133,7 +169,7 @@ def test_the_script_asks_the_doctor_in_the_directory_of_the_ranks(tmp_path: Path
 
 def test_nothing_that_csh_would_read_otherwise_is_on_the_command_line() -> None:
     assert set("".join(SHELL)) <= set("sh-")
-    got = ask("h", ["sh", "-s"], QUESTION._replace(python="/bin/echo", arguments=["it's=a b!"]), 20)
+    got = ask("h", ["sh", "-s"], QUESTION._replace(python="/bin/echo", arguments=["it's=a b!"]), 20, SSH.remedy)
     assert got.problem and "it's=a b!" in got.problem.message
 
 
@@ -146,7 +182,7 @@ def test_a_host_is_asked_through_each_login_shell(shell: str, tmp_path: Path) ->
     python.write_text("#!/bin/sh\nprintf 'asked by %s' \"$*\"\n")
     python.chmod(0o755)
     question = QUESTION._replace(python=str(python), arguments=["run.dir=it's !here", "x=$HOME"])
-    checked = ask("h", [shell, "-c", Ssh().command("h", SHELL)[-1]], question, 20)
+    checked = ask("h", [shell, "-c", Ssh().command("h", SHELL)[-1]], question, 20, SSH.remedy)
     assert checked.problem and "run.dir=it's !here x=$HOME" in checked.problem.message
     agent = Ssh().command("h", [str(python), "agent.py", "a!b"])[-1]  # as sshd gives it to the login shell
     assert subprocess.run([shell, "-c", agent], capture_output=True, text=True).stdout == "asked by agent.py a!b"
@@ -157,6 +193,18 @@ def test_a_variable_that_is_passed_on_to_the_ranks_counts_their_gpus() -> None:
     counter = "/opt/job/.venv/bin/python -I /opt/job/job/distributed/gpus.py"
     asked = script.replace(counter, "printenv CUDA_VISIBLE_DEVICES")
     assert "gpus=0,it's\n" in subprocess.run(SHELL, input=asked, capture_output=True, text=True).stdout
+
+
+def test_a_step_of_slurm_says_by_which_addresses_node_and_launcher_see_each_other() -> None:
+    question = QUESTION._replace(python=sys.executable, root=Path(__file__).resolve().parents[3])
+    of_the_step = {**os.environ, "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    for variables, seen in (
+        (of_the_step, "connection=127.0.0.1 0 127.0.0.1 0"),
+        ({**of_the_step, "SSH_CONNECTION": "10.0.0.9 1 10.0.0.1 22"}, "connection=10.0.0.9 1 10.0.0.1 22"),
+    ):
+        script = question.script(None).partition("gpus=")[0].rpartition("\n")[0]
+        done = subprocess.run(SHELL, input=script, env=variables, capture_output=True, text=True)
+        assert done.stdout.strip() == seen
 
 
 # --- comparison ---

@@ -62,6 +62,42 @@ def test_the_ranks_get_the_variables_that_cluster_passes_and_no_secret(project: 
     assert not left.keys() & seen.keys()
 
 
+ALLOCATION = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_TASKS_PER_NODE": "2(x3),1", "SLURM_NTASKS": "7",
+}  # fmt: skip
+
+
+def test_a_job_that_goes_on_is_handed_to_cluster_with_its_nodes_and_what_may_be_passed_on(project: Project) -> None:
+    project.program("scontrol", '[ "$*" = "show hostnames n[1-4]" ] && printf "n%d\\n" 1 2 3 4')
+    handed = project.root / "launch" / "cluster.sh"
+    handed.write_text(
+        '#!/bin/bash\nprintf "<%s>" "$@"\necho\nfor word; do [[ -f $word ]] && cat "$word"; done; exit 0\n'
+    )
+    variables = {"WANTED": "yes", "NCCL_DEBUG": "INFO", "A_TOKEN": "secret", "CUDA_VISIBLE_DEVICES": "5"}
+    own = ["--min-np", "2", "-x", "WANTED", "train.epochs=3", "run.dir=a b"]
+    done = project.run("bash", "launch/slurm.sbatch", *own, **variables, **ALLOCATION, JOB_COORDINATOR="10.0.0.1")
+    assert done.returncode == 0, done.stderr
+    words, *hosts = done.stdout.splitlines()
+    assert hosts == ["n1:2", "n2:2", "n3:2", "n4:1"]
+    assert words.startswith("<--srun><--min-np><2><--max-np><7><--launcher-address><10.0.0.1>")
+    assert words.endswith("><train.epochs=3><run.dir=a b>")
+    assert "<-x><WANTED>" in words and "<-x><NCCL_DEBUG>" in words
+    assert "TOKEN" not in words and "SLURM" not in words
+    assert "CUDA_VISIBLE_DEVICES" not in words, "each node has its own numbers"
+    file = words.removesuffix("><train.epochs=3><run.dir=a b>").rpartition("<")[2]
+    assert not (project.root / file).exists()
+
+
+def test_a_job_that_goes_on_is_queued_again_after_75(project: Project) -> None:
+    project.program("scontrol", 'echo "scontrol $*" >&2; echo n1')
+    project.program("squeue", "echo RUNNING")
+    (project.root / "launch" / "cluster.sh").write_text("#!/bin/bash\nexit 75\n")
+    one = {**ALLOCATION, "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"}
+    done = project.run("bash", "launch/slurm.sbatch", "--min-np", "1", **one)
+    assert done.returncode == 75, done.stderr
+    assert "scontrol requeue 7" in done.stderr
+
+
 @pytest.mark.parametrize(("code", "expected"), [(139, 1), (143, 1), (1, 1), (2, 2), (0, 0)])
 def test_the_exit_codes_are_those_of_the_contract(project: Project, code: int, expected: int) -> None:
     project.program("srun", f"exit {code}")

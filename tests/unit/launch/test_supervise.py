@@ -147,6 +147,24 @@ def test_a_host_that_never_answers_is_given_up(
     assert "host1 does not answer" in capsys.readouterr().err
 
 
+def test_a_host_that_says_nothing_more_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing ends its connection: it was switched off."""
+    plan = {"silence_seconds": 0.3, "ranks": [{"HOROVOD_RANK": "0"}]}
+    assert Job([Site("host0", ["bash", "-c", """echo '{"here": true}'; sleep 1000"""], plan)], 10.0).run() == 1
+    assert "host0 (rank 0) was lost: it does not answer" in capsys.readouterr().err
+
+
+def test_a_host_that_takes_long_to_say_its_first_word_is_waited_for() -> None:
+    late = ["bash", "-c", 'sleep 0.5; exec "$0" "$@"', *AGENT]
+    plan = {
+        "directory": "/", "command": ["true"], "environment": {}, "ranks": [{"HOROVOD_RANK": "0"}],
+        "silence_seconds": 0.3, "grace_seconds": 0.2,
+    }  # fmt: skip
+    assert Job([Site("host0", late, plan)], 10.0).run() == 0
+
+
 def test_what_a_login_script_writes_is_no_message_of_the_agent(capsys: pytest.CaptureFixture[str]) -> None:
     greeting = ["bash", "-c", 'echo welcome; echo {}; echo 5; exec "$0" "$@"', *AGENT]
     assert run("echo one", agents=[greeting]) == 0
