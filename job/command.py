@@ -107,7 +107,7 @@ def _let_another_rank_speak() -> None:
     All find the same mistake in the configuration, and rank 0 tells it. All lose the rank that failed, and that one
     knows why.
     """
-    if placement().rank > 0 and launched():
+    if placement().rank > 0 and launched() and "JOB_COMMITS" not in os.environ:  # others are to go on at once
         time.sleep(_HOLD_SECONDS)
 
 

@@ -12,14 +12,15 @@ if not __package__:  # run as a script: find the package from any directory, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from job.distributed.search_path import explain_imports
+from job.distributed.standby import is_standby, stay_for_horovodrun, wait_for_rank
 
 if __name__ == "__main__":
     explain_imports()
+    stay_for_horovodrun()
 
 from job import command
 from job.cli import parse, require_samples, settle_shards
 from job.distributed.placement import enforce_determinism, placement, share_cores
-from job.distributed.standby import is_standby, wait_for_rank
 from job.quick_import import quicken
 
 if __name__ == "__main__":

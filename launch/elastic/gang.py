@@ -39,7 +39,7 @@ class Crew:
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank in range(size):
             own = {**create_slot_env_vars(slot([size], 0, rank, rank)), STANDBY: "yes"}
-            self._processes.append(_popen(command, own, subprocess.PIPE))
+            self._processes.append(popen(command, own, subprocess.PIPE))
         self._waiting = list(self._processes)
 
     def become(self, rank: int, variables: Mapping[str, str]) -> Optional[subprocess.Popen[bytes]]:
@@ -87,7 +87,7 @@ class LocalGang:
             for rank in range(size):
                 own = {**together, **create_slot_env_vars(slot([size], 0, rank, rank))}
                 waiting = crew.become(rank, own) if crew else None
-                self._processes.append(waiting or _popen(command, own, subprocess.DEVNULL))
+                self._processes.append(waiting or popen(command, own, subprocess.DEVNULL))
         except OSError as error:
             self.end()
             raise JobError(f"cannot start rank {len(self._processes)}: {error.strerror}") from None
@@ -152,7 +152,8 @@ class Rendezvous(RendezvousHTTPServer):
         self.server_close()
 
 
-def _popen(command: Sequence[str], variables: Mapping[str, str], stdin: int) -> subprocess.Popen[bytes]:
+def popen(command: Sequence[str], variables: Mapping[str, str], stdin: int) -> subprocess.Popen[bytes]:
+    """Start a rank, with ``variables`` added to the environment. It is asked to stop if this process dies."""
     follow = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     environment = {**os.environ, **variables}
     return subprocess.Popen([*follow, *command], env=environment, stdin=stdin, start_new_session=True)

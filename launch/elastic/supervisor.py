@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Optional, Protocol
 
 from job.checkpoints.commits import Progress
@@ -128,6 +129,37 @@ class Change:
     ranks_before: int
     steps: int  # that had been taken
     began: float  # of time.monotonic()
+
+    def note(self, run_dir: Path, ranks: int, went_on: int, hosts: Mapping[str, int] = {}) -> str:
+        """Write down what the change has cost, when it is over.
+
+        Args:
+            run_dir: the run's folder.
+            ranks: that have gone on.
+            went_on: after which step.
+            hosts: how many ranks are on which; empty on this machine.
+
+        Returns:
+            what to tell the user.
+        """
+        replayed = max(0, self.steps - went_on)
+        lost_seconds = time.monotonic() - self.began
+        noted = {
+            "step": went_on,
+            "ranks_before": self.ranks_before,
+            "ranks": ranks,
+            "why": self.why,
+            "replayed_steps": replayed,
+            "lost_seconds": round(lost_seconds, 2),
+            **({"hosts": dict(hosts)} if hosts else {}),
+        }
+        told = f"{_count(ranks)} went on after step {went_on}; lost: {replayed} steps, {lost_seconds:.1f} s"
+        try:
+            with open(run_dir / CHANGES, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(noted) + "\n")
+        except OSError as error:
+            told += f" ({run_dir / CHANGES}: cannot be written: {error.strerror})"
+        return told
 
 
 class Supervisor:
@@ -302,25 +334,9 @@ class Supervisor:
         change, self._change = self._change, None
         if not change:
             return
-        ranks, hosts = len(gang.places), Counter(place.host for place in gang.places if place.host)
+        hosts = Counter(place.host for place in gang.places if place.host)
         went_on = self._progress.went_on if self._progress else self._steps
-        replayed = max(0, change.steps - went_on)
-        lost_seconds = time.monotonic() - change.began
-        noted = {
-            "step": went_on,
-            "ranks_before": change.ranks_before,
-            "ranks": ranks,
-            "why": change.why,
-            "replayed_steps": replayed,
-            "lost_seconds": round(lost_seconds, 2),
-            **({"hosts": dict(hosts)} if hosts else {}),
-        }
-        try:
-            with open(self._config.run.dir / CHANGES, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(noted) + "\n")
-        except OSError as error:
-            self._say(f"{self._config.run.dir / CHANGES}: cannot be written: {error.strerror}")
-        self._say(f"{_count(ranks)} went on after step {went_on}; lost: {replayed} steps, {lost_seconds:.1f} s")
+        self._say(change.note(self._config.run.dir, len(gang.places), went_on, hosts))
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ leave_out() {
 forget_other_jobs() {
   local name place='RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|HOSTNAME'
   for name in $(compgen -e); do
-    if [[ $name =~ ^HOROVOD_($place|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_ADDR|GLOO_RENDEZVOUS_PORT)$ ||
+    if [[ $name =~ ^HOROVOD_($place|ELASTIC|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_ADDR|GLOO_RENDEZVOUS_PORT)$ ||
       $name =~ ^(OMPI_COMM_WORLD|PMI|PMI2|PMIX)_ && $name != PMIX_MCA_* ]]; then unset "$name"; fi
   done
 }
