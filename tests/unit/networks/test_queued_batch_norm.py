@@ -154,6 +154,78 @@ def test_any_shards_of_any_type_are_numpy_on_the_whole_batch(kind: str) -> None:
     holds()
 
 
+def test_no_gradient_passes_where_the_value_before_relu_is_exactly_0() -> None:
+    layer = layer_of([np.full((3, 2, 5), 7.0), np.full((2, 2, 5), 7.0)], np.ones(2), np.array([0.0, 1.0]), "float32")
+    with queued("kernels"):
+        with autograd.record():
+            ys = layer(tail=RELU)
+        autograd.backward(ys, [mx.nd.ones_like(y) for y in ys])
+        mx.nd.waitall()
+    plain = mx.nd.zeros((5, 2))
+    plain.attach_grad()
+    with autograd.record():
+        relu = plain.relu()
+    relu.backward()
+    assert not plain.grad.asnumpy().any()  # MXNet's own rule
+    assert [y.asnumpy()[:, 0].any() for y in ys] == [False, False]
+    assert [beta.grad.asnumpy().tolist() for beta in layer.betas] == [[0.0, 15.0], [0.0, 10.0]]
+
+
+def trained(
+    kind: str, xs: list[np.ndarray], dys: list[np.ndarray], beta: float = 0.0, dtype: str = "float32"
+) -> tuple[Layer, list[np.ndarray]]:
+    """A layer with gamma 1 after forward and backward, and what it gave for each shard."""
+    channels = xs[0].shape[1]
+    layer = layer_of(xs, np.ones(channels), np.full(channels, beta), dtype)
+    with queued(kind):
+        with autograd.record():
+            ys = layer()
+        autograd.backward(ys, [mx.nd.array(dy, dtype=dtype) for dy in dys])
+        mx.nd.waitall()
+    return layer, [y.asnumpy() for y in ys]
+
+
+@BOTH
+def test_no_gradient_flows_through_statistics_that_were_given(kind: str) -> None:
+    layer = small_layer()
+    layer.running[0][:], layer.running[1][:] = mx.nd.array([1.0, 0.0, -1.0]), mx.nd.array([4.0, 1.0, 0.25])
+    with queued(kind):
+        step(layer, train_mode=False)
+        mx.nd.waitall()
+    std = np.sqrt(np.array([4.0, 1.0, 0.25]) + 1e-5)
+    for x, gamma in zip(layer.xs, layer.gammas):
+        dy, deviation = x.asnumpy() + 1, x.asnumpy() - np.array([1.0, 0.0, -1.0])[:, None]
+        np.testing.assert_allclose(x.grad.asnumpy(), dy * (gamma.asnumpy() / std)[:, None], rtol=1e-12)
+        np.testing.assert_allclose(gamma.grad.asnumpy(), (dy * deviation).sum((0, 2)) / std, rtol=1e-12)
+
+
+@BOTH
+def test_a_constant_channel_is_beta_though_rounding_leaves_its_variance_below_0(kind: str) -> None:
+    values = np.random.default_rng(0).uniform(1e6, 1e8, 64)
+    xs = [np.broadcast_to(values[:, None], (n, 64, 5)) for n in (3, 2, 2)]
+    _, ys = trained(kind, xs, xs, beta=0.5, dtype="float64")
+    for y in ys:
+        np.testing.assert_allclose(y, 0.5, atol=1e-4)
+
+
+@BOTH
+def test_a_mean_that_float32_cannot_hold_is_subtracted_exactly(kind: str) -> None:
+    x = np.random.default_rng(0).normal(1e4, 1, (12, 6, 50)).astype(np.float32)
+    exact = batch_norm(x, x, 1, 1e-5, np.ones(6), None)
+    assert np.abs(exact.mean - exact.mean.astype(np.float32)).max() > 1e-4  # or it would not matter
+    _, (y,) = trained(kind, [x], [x])
+    np.testing.assert_allclose(y, exact.y, atol=3e-6)
+
+
+def test_the_sums_of_a_long_channel_are_not_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queued_passes, "_BLOCKS", 1)  # so that a thread has thousands of values, as on large images
+    dy = np.full((1, 1, 256 * 4096), 0.1, np.float32)
+    x = np.random.default_rng(0).normal(0, 1, dy.shape).astype(np.float32)
+    layer, _ = trained("kernels", [x], [dy])
+    exact = dy.astype(np.float64).sum()
+    assert abs(layer.betas[0].grad.asscalar() - exact) < 1e-6 * exact
+
+
 def small_layer(shards: int = 3, size: Any = None) -> Layer:
     xs = [np.random.default_rng(k).normal(k, 1, (4 + k, 3, 5)) for k in range(shards)]
     return layer_of(xs, np.array([0.5, 1.0, -2.0]), np.array([0.0, 1.0, 2.0]), "float64", size=size)
