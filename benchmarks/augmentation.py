@@ -27,7 +27,8 @@ from job.data.sampler import Sampler
 from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.networks import models
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 
 WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 24, 4
 AT_HAND = "no input at all, the batch is at hand"

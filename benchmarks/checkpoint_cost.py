@@ -31,7 +31,8 @@ from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.monitoring.recorder import Recorder
 from job.networks import models
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 
 BATCH = 256
 STRETCH = 5  # steps that are timed together; the checkpoint is begun before the first of them

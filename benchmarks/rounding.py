@@ -19,7 +19,8 @@ from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.networks import models
 from job.networks.sync_batch_norm import SyncBatchNorm
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 from tests.oracles import batch_norm
 
 STEPS = (5, 10, 30, 50)

@@ -31,7 +31,8 @@ from job.data.sampler import Sampler, own_shards
 from job.distributed.comm import Comm, connect
 from job.distributed.device import choose_device, seed_everything
 from job.networks import models
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 
 WARMUP_TURNS, TURNS, STEPS_A_TURN = 2, 12, 8
 RANKS = 2
@@ -85,9 +86,9 @@ def measure(
         for which, learner in enumerate(learners):
             comm.barrier()
             started = time.perf_counter()
-            for step in range(turn * steps, (turn + 1) * steps):
-                batch = sampler.shards(*divmod(step, sampler.steps_per_epoch), own, shards)
-                learner.step(split, [batch], len(sampler.batch(step % sampler.steps_per_epoch)), learning_rate=0.01)
+            batches = sampler.batches(range(turn * steps, (turn + 1) * steps), own, shards)
+            for step, batch in learner.ahead(batches):
+                learner.step(split, batch, len(sampler.batch(step % sampler.steps_per_epoch)), learning_rate=0.01)
             mx.nd.waitall()
             step_ms[turn, which] = (time.perf_counter() - started) / steps * 1e3
     return step_ms

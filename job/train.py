@@ -52,7 +52,8 @@ from job.monitoring.recorder import Recorder
 from job.monitoring.tensorboard import Subject
 from job.monitoring.writers import open_writers
 from job.networks import models, weights
-from job.training.learner import Feed, Learner, load_loops
+from job.training.feed import Feed
+from job.training.learner import Learner, load_loops
 from job.training.schedule import Schedule, peak_learning_rate
 
 
@@ -104,7 +105,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         recorder.go_on(stack.enter_context(open_writers(config.run.dir, comm, total_steps, on_disk, subject)))
         profiler = stack.enter_context(Profiler(config, comm, learner))
         batches = sampler.batches(range(learner.steps, total_steps), own, shards, micros)
-        for step, batch in decoded_ahead(dataset.train.images, batches):
+        for step, batch in learner.ahead(decoded_ahead(dataset.train.images, batches)):
             epoch, index = divmod(step, sampler.steps_per_epoch)
             stop = bool(preemption.signal) or checkpoints.failing
             epoch_ends = step + 1 == total_steps or index + 1 == sampler.steps_per_epoch

@@ -66,6 +66,12 @@ class Part:
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def nbytes(self) -> Optional[int]:
+        """Of their pixels; None where these are not in memory, or in a file that is mapped into it."""
+        whole = getattr(self._images, "nbytes", None)
+        return None if whole is None else whole // len(self._images) * len(self)
+
     def __getitem__(self, places: Any) -> Any:
         """The images at these places (n,), or in a slice of them."""
         return self._images[self._samples[places]]

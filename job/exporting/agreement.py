@@ -15,7 +15,7 @@ from job.errors import JobError
 from job.exporting.graph import IMAGES, network
 from job.exporting.served import Model, as_decoded
 from job.exporting.trained import Trained
-from job.training.learner import Feed
+from job.training.feed import Feed
 
 PICTURES, TOLERANCE = 1000, 1e-5
 _BATCH = 100

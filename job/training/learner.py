@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Optional
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
 from job.config import Config, OptimizerConfig
-from job.data.dataset import FASHION_MNIST, Description, Split
+from job.data.dataset import Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
@@ -27,8 +28,12 @@ from job.training.augmentation import Augmentation
 from job.training.average import Average
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import ExactSum, sum_of_squares
+from job.training.feed import Feed
 from job.training.metrics import Meter, Totals
 from job.training.pace import Pace
+
+Micros = Sequence[Sequence[Shard]]  # a rank's shards of each micro-batch of a step
+Feeds = list[dict[str, mx.nd.NDArray]]  # of each shard what the training graph takes, by name
 
 # What a step sums, in the words of the error about a number that cannot be summed.
 _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
@@ -65,32 +70,6 @@ def load_loops(augments: bool = False) -> None:
     load_kept(kernels, fused, convolution, exact, *([augmentation] if augments else []))
 
 
-class Feed(NamedTuple):
-    """How samples reach the network: on which device, in which type, and scaled how."""
-
-    ctx: mx.Context
-    dtype: str
-    about: Description = FASHION_MNIST
-
-    def __call__(
-        self, split: Split, samples: Any, change: Callable[[Any], Any] = lambda pixels: pixels
-    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """Images (n, channels, height, width), changed and then scaled, and labels (n,) of samples of these indices."""
-        pixels = change(split.images[samples])
-        images = mx.nd.array(pixels, ctx=self.ctx, dtype=np.uint8)  # scaled there: a quarter to copy
-        labels = mx.nd.array(split.labels[samples], ctx=self.ctx, dtype=self.dtype)
-        return self._scaled(images.reshape((-1, *self.about.shape)).astype(self.dtype) / 255), labels
-
-    def _scaled(self, images: mx.nd.NDArray) -> mx.nd.NDArray:
-        if self.about.scales_only:
-            return images
-        mean, std = (
-            mx.nd.array(values, self.ctx, self.dtype).reshape((1, -1, 1, 1))
-            for values in (self.about.mean, self.about.std)
-        )
-        return mx.nd.broadcast_div(mx.nd.broadcast_sub(images, mean), std)
-
-
 class Learner:
     """A network and its optimizer, trained on global batches.
 
@@ -115,12 +94,16 @@ class Learner:
         self.net = net
         self.comm = comm
         self.feed = feed
+        self._bring = feed.bring
         self.meter = Meter()
         self.pace = Pace(comm, feed.ctx)
         self._clip_norm = config.train.clip_gradient_norm
         self._micros = config.train.accumulate_steps
         self._seed = config.run.seed
         self._augment = Augmentation(config.data.augment, config.run.seed, feed.about)
+        self._augments = config.data.augment.changes
+        self._upcoming: Micros = []  # of the next step, if it is known
+        self._ahead: Optional[tuple[Sequence[Shard], Feeds]] = None  # what is next, and on the device already
         self._skips = config.run.on_nonfinite == "skip"
         parameters = net.collect_params()
         for name, parameter in parameters.items():
@@ -151,7 +134,7 @@ class Learner:
     def step(
         self,
         split: Split,
-        micros: Sequence[Sequence[Shard]],
+        micros: Micros,
         global_batch: int,
         learning_rate: float,
         stop: bool = False,
@@ -174,8 +157,10 @@ class Learner:
         before = [array.copy() for array in self._statistics] if self._skips else []
         self._sums.clear()
         self._sums.add(_LOSS, self._votes, np.array([float(stop)]))
-        for shards in micros:
-            self._add(self._backward(split, shards, global_batch), global_batch)
+        for number, shards in enumerate(micros):
+            outcomes = self._backward(self._input(split, shards), global_batch)
+            self._look_ahead(split, micros[number + 1 :])  # while that is computed
+            self._add(outcomes, global_batch)
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
         refused = self._sums.refused
@@ -191,6 +176,15 @@ class Learner:
             self._undo(before)
         else:
             self._learn(global_batch, learning_rate, measure)
+
+    def ahead(self, steps: Iterable[tuple[int, Micros]]) -> Iterator[tuple[int, Micros]]:
+        """The steps as they are, each with its number; and the input of the next one is made while one is computed."""
+        current = None
+        for following in chain(steps, [None]):
+            self._upcoming = following[1] if following else []
+            if current:
+                yield current
+            current = following
 
     def totals(self) -> Totals:
         """Loss and accuracy over the samples since the last call; the same on all ranks."""
@@ -242,11 +236,22 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self._ahead = None
         self.steps, self.skipped = state["steps"], state["skipped"]
 
-    def _backward(self, split: Split, shards: Sequence[Shard], global_batch: int) -> list[list[mx.nd.NDArray]]:
-        """Forward and backward of the shards, begun. Of each the sum of its losses, and how many samples are right."""
-        feeds = self._fed(split, shards)
+    def _input(self, split: Split, shards: Sequence[Shard]) -> Feeds:
+        """What the graph takes of the shards, as it was made ahead, or made now."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead and ahead[0] is shards else self._fed(split, shards, self.steps)
+
+    def _look_ahead(self, split: Split, rest: Micros) -> None:
+        """Make the input of what is next: of the micro-batches that are left, or of the next step."""
+        following, step = (rest, self.steps) if rest else (self._upcoming, self.steps + 1)
+        if following:
+            self._ahead = following[0], self._fed(split, following[0], step)
+
+    def _backward(self, feeds: Feeds, global_batch: int) -> list[list[mx.nd.NDArray]]:
+        """Forward and backward of shards, begun. Of each the sum of its losses, and how many samples are right."""
         with autograd.record():
             outcomes = self._network(feeds)
         first = outcomes[0][0]
@@ -254,17 +259,22 @@ class Learner:
         autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
         return outcomes
 
-    def _fed(self, split: Split, shards: Sequence[Shard]) -> list[dict[str, mx.nd.NDArray]]:
+    def _fed(self, split: Split, shards: Sequence[Shard], step: int) -> Feeds:
+        """What the graph takes of the shards in the step that follows ``step`` others."""
         samples = np.concatenate([shard.samples for shard in shards])
-        images, labels = self.feed(split, samples, lambda pixels: self._augment(pixels, samples, shards[0].epoch))
+
+        def change(pixels: np.ndarray) -> np.ndarray:
+            return self._augment(pixels, samples, shards[0].epoch)
+
+        images, labels = self.feed(split, samples, change if self._augments else None)
         ends = np.cumsum([len(shard.samples) for shard in shards]).tolist()
         spans = [slice(end - len(shard.samples), end) for end, shard in zip(ends, shards)]
         feeds = [{"data": images[span], "label": labels[span]} for span in spans]
         for feed, shard in zip(feeds, shards):
             shapes = self._network.mask_shapes(data=feed["data"].shape, label=feed["label"].shape)
             for layer, (dropout, shape) in enumerate(zip(self._network.graph.dropouts, shapes)):
-                mask = dropout_mask(dropout, shape, shard.first, self._seed, self.steps, layer)
-                feed[dropout.mask] = mx.nd.array(mask, images.context, images.dtype)
+                mask = dropout_mask(dropout, shape, shard.first, self._seed, step, layer)
+                feed[dropout.mask] = self._bring(np.asarray(mask, images.dtype))
         return feeds
 
     def _lay_out(self, shards: int) -> ExactSum:

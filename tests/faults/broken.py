@@ -117,7 +117,7 @@ class Fault:
 
         def broken(learner: Learner, *arguments: Any) -> Any:
             feeds = whole(learner, *arguments)
-            if self.mine and learner.steps == int(self.after):
+            if self.mine and arguments[-1] == int(self.after):  # the step that they are for
                 feeds[0]["data"] = feeds[0]["data"] * (np.nan if self.action == "nan" else np.inf)
             return feeds
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from job.config import load_config
 from job.distributed.comm import Comm
 from job.train import train
-from job.training.learner import Feed
+from job.training.feed import Feed
 from tests import synthetic
 
 DELAY = 0.5  # seconds, ten times what a step takes

@@ -35,7 +35,7 @@ learner.Feed.__call__ = slowly
 command.run(train.main)
 """
 
-# Rank 1 is told to stop while it makes the batch of its second step.
+# Rank 1 is told to stop in its second step, while it makes the batch of the third one.
 STOPPED = """
 import os, signal
 from job.distributed.placement import share_cores
@@ -48,7 +48,7 @@ from job.distributed.placement import placement
 
 def stopping(self, *arguments, original=learner.Feed.__call__, batches=[]):
     batches.append(1)
-    if placement().rank == 1 and len(batches) == 2:
+    if placement().rank == 1 and len(batches) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return original(self, *arguments)
 

@@ -22,7 +22,8 @@ from job.distributed.device import seed_everything
 from job.errors import CheckpointError, DivergedError
 from job.monitoring.recorder import Recorder
 from job.networks import models
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 
 RANDOM = np.random.default_rng(0)
 SHARDS = 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from job.data.dataset import FASHION_MNIST, Dataset, Description, Split
-from job.training.learner import Feed
+from job.training.feed import Feed
 
 COLOUR = Description(("cat", "dog"), (3, 5, 4), (0.5, 0.25, 0.125), (0.5, 1.0, 2.0), "dark", ("x.png",))
 

@@ -38,7 +38,8 @@ from job.monitoring import pictures, tensorboard
 from job.monitoring.tensorboard import Subject, TensorBoard, commit
 from job.networks import models
 from job.training.evaluation import Mistake
-from job.training.learner import Feed, Learner
+from job.training.feed import Feed
+from job.training.learner import Learner
 from tests.examples import CONFUSION, SUMMARY, TEST, TRAIN
 
 

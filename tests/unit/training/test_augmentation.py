@@ -156,7 +156,7 @@ def test_ranks_train_on_the_augmented_images_of_the_epoch_and_evaluate_on_the_pl
     for rank in range(ranks):
         trained = learner(augment=EVERYTHING)
         shards = sampler.shards(epoch, step, own_shards(rank, ranks, 3), 3)
-        fed += [feed["data"].asnumpy() for feed in trained._fed(data, shards)]
+        fed += [feed["data"].asnumpy() for feed in trained._fed(data, shards, 0)]
         plain, _ = trained.feed(data, slice(0, 4))
         np.testing.assert_array_equal(plain.asnumpy()[:, 0], data.images[:4].astype(np.float64) / 255)
     augment = Augmentation(AugmentConfig(**EVERYTHING), 0, described((1, 28, 28)))

@@ -24,7 +24,8 @@ from job.distributed.device import seed_everything
 from job.errors import UsageError
 from job.networks import models
 from job.networks.kernels import host_view
-from job.training.learner import Feed, Learner, cross_entropy
+from job.training.feed import Feed
+from job.training.learner import Learner, cross_entropy
 
 CPU = mx.cpu()
 Weights = tuple[np.ndarray, np.ndarray]  # (10, 784) and (10,)
