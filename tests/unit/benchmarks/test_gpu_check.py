@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import FAILED, MEASURED, NOT_RUN, OK, SMALL_SHAPES, TOLERANCE, WRONG, Place, Row
 from job.fitness import facts
+from job.networks import queued_passes
 from job.networks.queued_passes import Graphs
 from tests.cuda import queued
 
@@ -75,6 +77,25 @@ def test_other_bits_at_a_second_time_are_wrong() -> None:
     assert row.verdict == WRONG and "OTHER BITS" in row.found
 
 
+def rows_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Row]:
+    lines = [line[len(gpu_check.MARK) :] for line in capsys.readouterr().out.splitlines() if gpu_check.MARK in line]
+    return {row.what: row for row in (Row(*json.loads(line)) for line in lines)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # MXNet's __del__ of what failed
+def test_kernels_that_cannot_be_used_tell_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    monkeypatch.setattr(queued_passes, "queued_passes", lambda ctx, dtype: queued_passes._tried_kernels(ctx, dtype))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    gpu_check.kernels(Place(1, False, tmp_path))
+    rows = rows_of(capsys)
+    assert rows["kernels, float64"].verdict == FAILED
+    assert "the kernels of SyncBatchNorm cannot be used (" in rows["kernels, float64"].found
+    assert rows["MXNet's operators, float64"].verdict == OK
+
+
 def smoke_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], codes: dict[str, str]
 ) -> dict[str, Row]:
@@ -90,8 +111,7 @@ def smoke_runs(
 
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
     gpu_check.bits(Place(4, False, tmp_path))
-    lines = [line[len(gpu_check.MARK) :] for line in capsys.readouterr().out.splitlines() if gpu_check.MARK in line]
-    return {row.what: row for row in (Row(*json.loads(line)) for line in lines)}
+    return rows_of(capsys)
 
 
 def test_runs_with_the_same_bits_are_told_from_others(
