@@ -111,9 +111,9 @@ class Pod:
             process.stdout.close()
         self._commands.clear()
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code of its command."""
-        return self._process.wait(PATIENCE)
+        return self._process.wait(seconds)
 
     def text(self) -> str:
         """What it has written."""
