@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FOLDER = "JOB_COMMITS"  # the variable that names the folder; without it nobody would start the ranks again
 TAKEOVER_SECONDS = 100.0  # for a rank 0 on a host that was cut off to end: its agent asks it to, then kills it
 _PROGRESS = "progress"
-_RESCUE_SECONDS = 10.0  # for others who save theirs
 
 
 class Progress(NamedTuple):
@@ -126,16 +125,15 @@ def bring_to_disk(folder: Path, run_dir: Path) -> None:
         ) from None
 
 
-def rescue(folder: Path, run_dir: Path) -> None:
-    """What :func:`bring_to_disk` does, for hosts on which nobody knows of the others: one of them after the other, and
-    none while a run is using ``run_dir``.
+def rescue(folder: Path, run_dir: Path, patience_seconds: float = 10.0) -> None:
+    """What :func:`bring_to_disk` does, where other hosts may do so too: one after the other, and none beside a run.
 
     Raises:
-        CheckpointError: it cannot be written, or ``run_dir`` is in use.
+        CheckpointError: it cannot be written, or ``run_dir`` is in use for longer than ``patience_seconds``.
     """
-    wait_until_free(run_dir, _RESCUE_SECONDS)
+    wait_until_free(run_dir, patience_seconds)
     try:
-        with open(run_dir / LOCK, "r+", encoding="utf-8", errors="replace") as lock:
+        with open(run_dir / LOCK, "a+", encoding="utf-8", errors="replace") as lock:
             storage.lock(lock)
             bring_to_disk(folder, run_dir)
     except (OSError, storage.InUse) as error:

@@ -198,30 +198,33 @@ class Agent:
         threading.Timer(self._plan["grace_seconds"], self.signal, [signal.SIGKILL]).start()
 
     def _look(self) -> None:
-        run_dir = Path(self._plan["directory"], self._plan["run_dir"])
         commit = _newest(self._memory) if self._memory else -1
-        self.say(commit=commit, checkpoint=_newest(run_dir / "checkpoints"))
+        self.say(commit=commit, checkpoint=_newest(self._run_dir / "checkpoints"))
 
     def _save(self) -> None:
-        from job.checkpoints.commits import bring_to_disk
+        from job.checkpoints.commits import TAKEOVER_SECONDS, rescue
         from job.errors import JobError
 
         assert self._memory
         try:
-            bring_to_disk(self._memory, Path(self._plan["directory"], self._plan["run_dir"]))
+            rescue(self._memory, self._run_dir, TAKEOVER_SECONDS)
             self.say(saved="")
         except JobError as error:
             self.say(saved=str(error))
 
     def _rescue(self) -> None:
         """Save the last commit, if whoever should have asked for that is gone. No rank of this host runs any more."""
-        run_dir = Path(self._plan["directory"], self._plan["run_dir"])
-        if self._memory and _newest(self._memory) > _newest(run_dir / "checkpoints") >= 0:
+        assert self._memory
+        if _newest(self._memory) > _newest(self._run_dir / "checkpoints") >= 0:
             from job.checkpoints.commits import rescue
             from job.errors import JobError
 
             with contextlib.suppress(JobError):
-                rescue(self._memory, run_dir)
+                rescue(self._memory, self._run_dir)
+
+    @property
+    def _run_dir(self) -> Path:
+        return Path(self._plan["directory"], self._plan["run_dir"])
 
     def _hears(self) -> bool:
         """Wait for a word. Silence is counted in short waits, not by the clock: while this host was itself paused, the

@@ -175,19 +175,18 @@ def test_a_disk_that_is_full_then_is_told(
         bring_to_disk(memory, tmp_path / "run")
 
 
-def test_a_commit_that_nobody_asks_for_is_saved_unless_the_folder_is_in_use(
-    tmp_path: Path, memory: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+def test_a_commit_is_saved_from_a_host_of_many_unless_the_folder_is_in_use(
+    tmp_path: Path, memory: Path, config: Config
 ) -> None:
-    monkeypatch.setattr(commits, "_RESCUE_SECONDS", 0.0)
     checkpoints = Store(tmp_path / "run" / "checkpoints", 1)
     with pytest.raises(CheckpointError, match="the last commit was not saved"):
-        rescue(memory, tmp_path / "run")  # no run has claimed the folder
+        rescue(memory, tmp_path / "run", 0.0)  # no run has claimed the folder
     written(tmp_path / "run" / "checkpoints", 20, config)
     written(memory, 24, config)
     with open(tmp_path / "run" / "lock", "w") as lock:
         storage.lock(lock)
         with pytest.raises(CheckpointError, match="the last commit was not saved"):
-            rescue(memory, tmp_path / "run")
+            rescue(memory, tmp_path / "run", 0.0)
         assert [path.name for path in checkpoints.paths()] == ["step-00000020"]
-    rescue(memory, tmp_path / "run")
+    rescue(memory, tmp_path / "run", 0.0)
     assert checkpoints.paths()[0].name == "step-00000024"

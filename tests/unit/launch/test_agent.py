@@ -179,6 +179,19 @@ def test_an_agent_that_stays_starts_ranks_again_and_tells_what_it_has(start: Any
     assert not memory.exists()
 
 
+def test_an_agent_saves_the_last_commit_when_it_is_asked_to(start: Any, tmp_path: Path) -> None:
+    checkpoints, commit = Store(tmp_path / "run" / "checkpoints", 1), Store(tmp_path / "memory", 1)
+    checkpoints.write(3, {}, {})
+    commit.write(7, {}, {})
+    agent = start("", ranks=0, stay=True, run_dir="run", directory=str(tmp_path))
+    put = f"cp -r {tmp_path}/memory/* $JOB_COMMITS"
+    agent.send(json.dumps({"command": ["bash", "-c", put], "ranks": [{"HOROVOD_RANK": "1"}]}))
+    assert [agent.say(), agent.say()] == [{"rank": 1, "code": 0}, {"ended": True}]
+    agent.send("save")
+    assert agent.say() == {"saved": ""}
+    assert checkpoints.paths()[0].name == "step-00000007"
+
+
 @pytest.mark.parametrize(("on_disk", "saved"), [(3, True), (9, False)])
 def test_an_agent_whose_launcher_is_gone_saves_the_last_commit(
     start: Any, tmp_path: Path, on_disk: int, saved: bool
