@@ -174,10 +174,15 @@ class Cluster:
 
     # --- the command under test ---
 
-    def start(self, *words: str, environment: Optional[dict[str, str]] = None) -> Launched:
-        """Start ``launch/cluster.sh`` on host1 with these words."""
+    def start(
+        self,
+        *words: str,
+        environment: Optional[dict[str, str]] = None,
+        launcher: Path = ROOT / "launch" / "cluster.sh",
+    ) -> Launched:
+        """Start ``launch/cluster.sh``, or another launcher, on host1 with these words."""
         clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/root"), "COLUMNS": "160"}
-        command = self.hosts["host1"].enter(str(ROOT / "launch" / "cluster.sh"), *words)
+        command = self.hosts["host1"].enter(str(launcher), *words)
         process = subprocess.Popen(
             command,
             cwd=ROOT,

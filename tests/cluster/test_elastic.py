@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import ROOT, Cluster, cmdline
+from tests.parallel.conftest import HOROVODRUN
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -125,6 +127,35 @@ def test_hosts_join_and_leave_by_a_script_or_when_their_agent_is_told_to(
     assert left["why"] == "host3 left" and left["hosts"] == {"host2": 1, "host1": 1}
     assert removed["why"] == "host2 left" and removed["hosts"] == {"host1": 1}
     assert [change["replayed_steps"] for change in changes(tmp_path)] == [0] * len(changes(tmp_path))
+    cluster.assert_nothing_left()
+    assert_as_if_nothing_had_happened(tmp_path, arguments)
+
+
+def test_under_horovodrun_a_rank_dies_and_a_host_leaves_and_comes_back(
+    cluster: Cluster, arguments: list[str], tmp_path: Path
+) -> None:
+    listed, script = tmp_path / "listed", tmp_path / "discover"
+    script.write_text(f"#!/bin/sh\ncat {listed}\n")
+    script.chmod(0o755)
+    replace(listed, "host1:1\nhost2:1\n")
+    sizes = ["-np", "2", "--min-np", "1", "--max-np", "2", "--network-interface", "eth0"]
+    command = [*sizes, "--host-discovery-script", str(script), sys.executable, str(ROOT / "job" / "train.py")]
+    path = {"PATH": f"{HOROVODRUN.parent}:{os.environ['PATH']}"}
+    job = cluster.start(*command, *arguments, launcher=HOROVODRUN, environment=path)
+    job.wait_for_line("step 3/")
+    (rank,) = cluster.ranks()["host2"]
+    rank.kill()
+    job.wait_for_line("2 ranks went on after step")
+    replace(listed, "host1:1\n")
+    job.wait_for_line("1 rank went on after step")
+    replace(listed, "host1:1\nhost2:1\n")
+    job.wait_for_line("2 ranks went on after step")
+    job.signal(signal.SIGTERM)
+    ended = job.finish()
+    assert ended.code == 1, "Horovod makes 1 of all codes"
+    killed, left, joined = changes(tmp_path)
+    assert [(change["ranks_before"], change["ranks"]) for change in (killed, left, joined)] == [(2, 2), (2, 1), (1, 2)]
+    assert killed["replayed_steps"] <= 3, "a commit every two steps"
     cluster.assert_nothing_left()
     assert_as_if_nothing_had_happened(tmp_path, arguments)
 

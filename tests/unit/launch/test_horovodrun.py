@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -159,6 +160,7 @@ def test_when_hosts_change_the_rank_stops_with_a_checkpoint_and_another_takes_it
 
 def test_the_driver_is_not_looked_for_behind_a_proxy(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would remember that there was none
     assert job.run(slot(0, 2), slot(0, 2), plan=[{"steps": 4, "ends": 1}, {"steps": 9, "ends": 0}]) == 0
 
 
