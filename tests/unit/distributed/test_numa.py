@@ -55,8 +55,8 @@ def test_ranks_are_not_crowded_together_though_their_gpus_are(tmp_path: Path) ->
 
 @pytest.mark.parametrize("node", ["-1", "7", "", "no number"], ids=["unknown", "not there", "empty", "text"])
 def test_where_the_node_of_a_gpu_is_not_known_nothing_is_bound(tmp_path: Path, node: str) -> None:
-    root = machine(tmp_path, SOCKETS, {"0000:1a:00.0": node, "0000:3b:00.0": node})
-    assert chosen(root, ["0000:1a:00.0", "0000:3b:00.0"]) == [ALL, ALL]
+    root = machine(tmp_path, SOCKETS, {"0000:1a:00.0": node, "0000:3b:00.0": "1"})
+    assert chosen(root, ["0000:1a:00.0", "0000:3b:00.0"]) == [ALL, SECOND]
     assert chosen(root, ["0 of all", "1 of all"]) == [ALL, ALL]  # what CUDA's library could not tell
 
 

@@ -140,6 +140,15 @@ def test_a_lost_route_is_not_the_end_of_a_rank() -> None:
         assert list(call._refusals()) == []
 
 
+def test_an_answer_makes_up_for_what_was_refused_before() -> None:
+    call = RollCall(0, lambda: 7)
+    few = [1] * (roll_call._REFUSALS - 1)
+    with mock.patch.object(call, "_answers", lambda: [1]), mock.patch.object(call, "_refusals", lambda: few):
+        assert [call.gone() for _ in range(5)] == [""] * 5
+    with mock.patch.object(call, "_answers", lambda: []), mock.patch.object(call, "_refusals", lambda: few):
+        assert call.gone() == "rank 1 has ended"
+
+
 def test_what_strangers_send_is_no_answer() -> None:
     call, stranger = RollCall(0, lambda: 7), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     call.peers = [call.address, (call.address[0], 9)]

@@ -189,6 +189,19 @@ def test_the_input_of_the_next_batch_is_made_while_one_is_computed() -> None:
     assert events(2, 2) == ["input 0", "input 0", "wait 0", "input 1", "wait 0", "input 1", "wait 1", "wait 1"]
 
 
+def test_another_batch_than_was_expected_is_made_anew() -> None:
+    found = []
+    for expected in (False, True):
+        own, sampler = learner(dtype="float32"), Sampler(60, 12, 3)
+        first, second, third = (sampler.shards(0, step, range(3), 3) for step in range(3))
+        own._upcoming = [second] if expected else []
+        own.step(split(60), [first], 12, 0.1)
+        assert (own._ahead is not None) == expected
+        own.step(split(60), [third], 12, 0.1)
+        found.append([values.tobytes() for values in parameters(own)])
+    assert found[0] == found[1]
+
+
 def test_what_was_made_ahead_of_a_run_that_goes_on_elsewhere_is_not_used() -> None:
     own, sampler = learner(dtype="float32"), Sampler(60, 12, 3)
     (_, first), *_ = own.ahead(sampler.batches(range(2), range(3), 3))
