@@ -162,7 +162,7 @@ def _measure_rank() -> None:
     from job.distributed.device import choose_device
     from job.train import new_learner
 
-    comm = connect(60.0)
+    comm = connect(60.0, share_memory=False)
     sums = []
     for size in (SMALL, LARGE):
         values, taken = np.zeros(size), []

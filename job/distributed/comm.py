@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,12 +21,14 @@ import numpy as np
 
 from job.distributed.placement import MEETING, launched, placement
 from job.distributed.roll_call import RollCall
+from job.distributed.shared_sums import SharedSums, meet
 from job.distributed.watchdog import Watchdog, is_orphan, tell
 from job.errors import PeerLostError, UsageError
 
-# Horovod looks for work once a cycle, and a sum waits for half of one. Over MPI this was a little faster than its own
-# 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured.
-_CYCLE = ("HOROVOD_CYCLE_TIME", "0.5")
+# Horovod looks for work once a cycle, in ms, and a sum waits for half of one. Over MPI this was a little faster than its
+# own 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured. Where ranks
+# have shared memory for what a step sums, Horovod's looks only take time from them.
+_CYCLE, _OVER_MPI, _BESIDE_SHARED_MEMORY = "HOROVOD_CYCLE_TIME", "0.5", "5"
 _TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
 
@@ -52,7 +55,7 @@ class Comm:
         """Replace each array by that of rank 0. Asynchronous."""
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
-        """The sum over all ranks of a float64 array, bit for bit the same on every rank. Waits for it.
+        """The sum over all ranks of a float64 or int64 array, bit for bit the same on every rank. Waits for it.
 
         Raises:
             PeerLostError: another rank has failed.
@@ -103,20 +106,31 @@ class HorovodComm(Comm):
         timeout_seconds: the longest wait for another rank.
         process_set: a ``horovod.mxnet.ProcessSet``; by default all ranks. ``rank`` and ``size`` are those within it.
         timeline: whether :meth:`start_timeline` will be called. It has its price all the time: from the start to the
-            end rank 0 has a thread that never sleeps.
+            end rank 0 has a thread that never sleeps, and ranks of one machine do not sum through shared memory, which
+            the timeline could not show.
         subsets: whether :meth:`subset` will be called.
+        share_memory: whether ranks sum through memory where all are on one machine, as they do unless they measure
+            what Horovod does.
     """
 
     def __init__(
-        self, timeout_seconds: float, process_set: Any = None, timeline: bool = False, subsets: bool = False
+        self,
+        timeout_seconds: float,
+        process_set: Any = None,
+        timeline: bool = False,
+        subsets: bool = False,
+        share_memory: bool = True,
     ) -> None:
         import horovod.mxnet as hvd
 
         super().__init__()
         if timeline:
             os.environ.setdefault(_TIMELINE, _ON_DEMAND)
-        if not os.environ.get(MEETING):  # over MPI
-            os.environ.setdefault(*_CYCLE)
+        together = placement().local_size == placement().size and share_memory and not timeline
+        if together and not mx.context.num_gpus():
+            os.environ.setdefault(_CYCLE, _BESIDE_SHARED_MEMORY)
+        elif not os.environ.get(MEETING):
+            os.environ.setdefault(_CYCLE, _OVER_MPI)
         if subsets:
             os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
         self._hvd = hvd
@@ -129,6 +143,7 @@ class HorovodComm(Comm):
             with self._watchdog.guard(f"rank {placement().rank}: waiting for all {placement().size} ranks to start"):
                 hvd.init()
         self._options = {"process_set": process_set or hvd.mpi_ops.global_process_set}
+        self._shared: Optional[SharedSums] = None
         self.rank = process_set.rank() if process_set else hvd.rank()
         self.size = process_set.size() if process_set else hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
@@ -139,6 +154,8 @@ class HorovodComm(Comm):
                 for peer in self.gather_text(f"{host}:{port}", "addresses")
             ]
             self._roll_call.gone()  # so that they are known to answer
+            if together:
+                self._shared = meet(self.rank, self.size, partial(self.gather_text, name="shared memory"), self._sum)
 
     def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str, process_set: Any = None) -> None:
         # One group: which gradients Horovod would otherwise fuse depends on timing, and with it the order of summation
@@ -179,14 +196,20 @@ class HorovodComm(Comm):
     def sum(self, values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
         options = {"process_set": process_set} if process_set else self._options
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
-            total = mx.nd.array(values, ctx=mx.cpu(), dtype="float64")  # inside an operator the default is its device
             self._entered += not process_set  # of those that all ranks enter
             started = time.perf_counter()
-            self._hvd.allreduce_(total, average=False, name=name, **options)
-            result = total.asnumpy()
+            if self._shared and not process_set:
+                result = self._shared.sum(values, name)
+            else:
+                result = self._sum(values, name, **options)
             with self._clock:
                 self.blocked_seconds += time.perf_counter() - started
             return result
+
+    def _sum(self, values: np.ndarray, name: str, **options: Any) -> np.ndarray:
+        total = mx.nd.array(values, ctx=mx.cpu(), dtype=values.dtype)  # inside an operator the default is its device
+        self._hvd.allreduce_(total, average=False, name=name, **(options or self._options))
+        return np.asarray(total.asnumpy())
 
     def broadcast_bytes(self, content: bytes, name: str) -> bytes:
         own = len(content) if self.rank == 0 else 0
@@ -239,7 +262,7 @@ def peer_errors() -> Iterator[None]:
         raise
 
 
-def connect(timeout_seconds: float, timeline: bool = False, subsets: bool = False) -> Comm:
+def connect(timeout_seconds: float, timeline: bool = False, subsets: bool = False, share_memory: bool = True) -> Comm:
     """Join the job that the launcher announced; a process on its own if there was no launcher.
 
     Raises:
@@ -250,4 +273,6 @@ def connect(timeout_seconds: float, timeline: bool = False, subsets: bool = Fals
             f"HOROVOD_RANK and HOROVOD_SIZE say that this is rank {placement().rank} of {placement().size}, but no"
             " launcher started it: unset them, they are left over from another job"
         )
-    return HorovodComm(timeout_seconds, None, timeline, subsets) if placement().size > 1 else Comm()
+    if placement().size == 1:
+        return Comm()
+    return HorovodComm(timeout_seconds, None, timeline, subsets, share_memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Optional
@@ -308,9 +307,8 @@ class Learner:
             for micro, own in enumerate(self._group.take_moments(norm.key)):
                 for values in own:
                     self._sums.add(_MOMENTS, place.start + micro * values.size, values.ravel())
-        ready = time.perf_counter()
         self._sums.reduce()
-        self.pace.done(time.perf_counter() - ready)
+        self.pace.done()
         self.pace.count(images)
         self.stopping = self.stopping or self._sums.read(self._votes, self._votes + 1)[0] > 0
 

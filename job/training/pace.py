@@ -38,11 +38,11 @@ class Pace:
         """A step begins, and nothing was under way."""
         self._mark = self._now()
 
-    def done(self, gradients_waited: float) -> None:
-        """A step is done; it has waited so many seconds for the gradients of the others."""
+    def done(self) -> None:
+        """A step is done."""
         before, self._mark = self._mark, self._now()
         self._seconds.append(self._mark[0] - before[0])
-        self._waited += gradients_waited + self._mark[1] - before[1]
+        self._waited += self._mark[1] - before[1]
 
     def count(self, images: int) -> None:
         """This rank has trained on so many samples more."""

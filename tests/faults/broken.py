@@ -27,7 +27,7 @@ from job import command, train
 from job.checkpoints import store
 from job.checkpoints.resume import Checkpoints
 from job.checkpoints.state import RunState
-from job.distributed.comm import Comm, HorovodComm
+from job.distributed.comm import Comm
 from job.training.learner import Learner
 
 
@@ -124,7 +124,6 @@ class Fault:
         Learner._fed = broken  # type: ignore[method-assign]
 
     def plant_at_point(self) -> None:
-        calls: list[None] = []
         point = self.point
         if self.action == "alarm":  # kills as surely as SIGKILL, by the kernel's clock, whatever the process is doing
             ACTIONS["alarm"] = lambda: signal.setitimer(signal.ITIMER_REAL, float(point))
@@ -138,7 +137,7 @@ class Fault:
         elif point == "step":
             self.plant(Learner, "step", lambda learner, *_: learner.steps)
         elif point == "allreduce":
-            self.plant(HorovodComm, "allreduce_", lambda *_: calls.append(None) or len(calls), before=False)
+            self.plant(Learner, "_reduce", lambda learner, *_: learner.steps)  # the others wait in it
         elif point == "save":
             self.plant(RunState, "state_dict", lambda state: state.learner.steps)
         elif point == "write":

@@ -31,7 +31,7 @@ def faults_of(seed: int) -> str:
     for number, step in enumerate(sorted(chance.sample(range(1, 18), chance.randint(1, 3)))):
         point = chance.choice(POINTS if number else POINTS[:-2])  # a start and a recovery only after another death
         ranks = "+".join(map(str, chance.sample(range(3), chance.choice([1, 1, 2]))))
-        after = {"allreduce": step + 2, "start": 0, "resume": 0}.get(point, step)
+        after = {"start": 0, "resume": 0}.get(point, step)
         faults.append(f"kill:{point}:{'0' if point in OF_RANK_0 else ranks}:{after}")
     return " ".join(faults)
 

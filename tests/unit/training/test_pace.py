@@ -42,16 +42,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def step(pace: Pace, clock: Clock, own: float, in_sums: float = 0.0, for_gradients: float = 0.0) -> None:
-    clock.now += own + in_sums + for_gradients
+def step(pace: Pace, clock: Clock, own: float, in_sums: float = 0.0) -> None:
+    clock.now += own + in_sums
     pace._comm.blocked_seconds += in_sums
-    pace.done(for_gradients)
+    pace.done()
 
 
 def test_what_is_not_waited_for_others_is_the_ranks_own_time(clock: Clock) -> None:
     watched = Pace(Waits(), mx.cpu())
     watched.start()
-    step(watched, clock, own=0.5, in_sums=0.25, for_gradients=0.125)
+    step(watched, clock, own=0.5, in_sums=0.375)
     step(watched, clock, own=0.75, in_sums=0.25)
     watched.count(100)
     gathered = watched.gather()

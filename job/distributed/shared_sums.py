@@ -1,0 +1,191 @@
+"""Sums over ranks of one machine, through memory that they share.
+
+Horovod looks for work once a cycle, has all ranks agree on what is ready, and then adds up. For the few kilobytes that
+a BatchNorm sums in the middle of a step, that is a millisecond for which every rank waits. Here a rank writes its
+numbers where the others see them, and wakes those that wait for it.
+
+The memory has no name in any file system: whatever becomes of the ranks, it is gone with the last of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import mmap
+import os
+import platform
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Optional
+
+import numpy as np
+
+from job.errors import PeerLostError
+
+_LARGEST_BYTES = 2**22  # of what is summed; beyond it Horovod is better, whose ranks share the work of adding up
+_LOOK_SECONDS = 0.1  # between two looks at whether a rank that is waited for is alive
+_LINE = 64  # bytes that processors exchange as a whole; numbers of two ranks are not in the same
+_TOKEN_BYTES = 16
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
+_FUTEX_WAIT, _FUTEX_WAKE, _ALL = 0, 1, 2**31 - 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_LOOK = _Timespec(0, round(_LOOK_SECONDS * 1e9))
+
+Sum = Callable[[np.ndarray, str], np.ndarray]
+
+
+class SharedSums:
+    """The memory that ranks share, and a part of it for each name.
+
+    Args:
+        file: the memory, as an open file.
+        rank: of this process.
+        size: the number of ranks.
+        slow: sums over all ranks without shared memory; by it the ranks agree on what lies where.
+    """
+
+    def __init__(self, file: int, rank: int, size: int, slow: Sum) -> None:
+        self._file, self._rank, self._size, self._slow = file, rank, size, slow
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._allocating = threading.Lock()
+        self._end = mmap.PAGESIZE  # of what rank 0 has given out; the first page has the token
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # held as long as this process lives
+
+    def sum(self, values: np.ndarray, name: str) -> np.ndarray:
+        """The sum over all ranks of a float64 or int64 array, in the order of ranks. Waits for them.
+
+        Raises:
+            PeerLostError: another rank has ended.
+        """
+        if values.nbytes > _LARGEST_BYTES:
+            return self._slow(values, name)
+        part = self._parts.get((name, values.size))
+        if part is not None:
+            return part.sum(values)
+        # The first sum of a name goes the slow way, and takes along where its numbers are to lie from now on.
+        start = self._allocate(values.size) if self._rank == 0 else 0
+        total = self._slow(np.append(values, np.array([start], values.dtype)), name)
+        memory = mmap.mmap(self._file, _Part.length(self._size, values.size), offset=int(total[-1]))
+        self._parts[name, values.size] = _Part(memory, self._rank, self._size, values, self._is_dead)
+        return total[:-1].reshape(values.shape)
+
+    def _allocate(self, numbers: int) -> int:
+        with self._allocating:
+            start = self._end
+            self._end += -(-_Part.length(self._size, numbers) // mmap.PAGESIZE) * mmap.PAGESIZE
+            os.ftruncate(self._file, self._end)
+            return start
+
+    def _is_dead(self, rank: int) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return False
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)  # for the others, who look too
+        return True
+
+
+class _Part:
+    """Of one name: for each rank a count of its sums, and its numbers of the last two of them.
+
+    Two, because a rank may be ahead of another by one sum, and not by two: it has begun its second next only when all
+    have begun their next, and so have read all of this one.
+    """
+
+    def __init__(
+        self, memory: mmap.mmap, rank: int, size: int, like: np.ndarray, is_dead: Callable[[int], bool]
+    ) -> None:
+        counts = np.frombuffer(memory, np.int32, size * _LINE // 4).reshape(size, -1)
+        rows = np.frombuffer(memory, like.dtype, offset=size * _LINE).reshape(2, size, -1)
+        self._counts, self._numbers = counts[:, 0], rows[:, :, : like.size]
+        self._addresses = [int(counts[peer].ctypes.data) for peer in range(size)]
+        self._rank, self._is_dead = rank, is_dead
+        self._done = 0
+
+    @staticmethod
+    def length(size: int, numbers: int) -> int:
+        """Bytes that it takes."""
+        return size * _LINE + 2 * size * _padded(8 * numbers)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """See :meth:`SharedSums.sum`."""
+        self._done += 1
+        rows = self._numbers[self._done % 2]
+        rows[self._rank] = values.ravel()
+        self._counts[self._rank] = self._done
+        _futex(self._addresses[self._rank], _FUTEX_WAKE, _ALL)
+        for peer in range(len(rows)):
+            self._wait_for(peer)
+        return functools.reduce(np.add, rows).reshape(values.shape)
+
+    def _wait_for(self, peer: int) -> None:
+        while (seen := int(self._counts[peer])) < self._done:
+            if _futex(self._addresses[peer], _FUTEX_WAIT, seen, _LOOK) == errno.ETIMEDOUT and self._is_dead(peer):
+                raise PeerLostError("stopped, because another rank failed; its message says why")
+
+
+def meet(rank: int, size: int, tell: Callable[[str], list[str]], slow: Sum) -> Optional[SharedSums]:
+    """Share memory, if all ranks can; all call this. None if one of them cannot.
+
+    Args:
+        rank: of this process.
+        size: the number of ranks.
+        tell: gathers the text of each rank.
+        slow: see :class:`SharedSums`.
+    """
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    file = _made(token) if rank == 0 else None
+    where, of_rank_0 = tell(f"/proc/{os.getpid()}/fd/{file} {token.hex()}")[0].split()
+    file = file if rank == 0 else _opened(where, of_rank_0)
+    fits = file is not None and platform.machine() in _FUTEX
+    if slow(np.array([float(fits)]), "memory is shared")[0] < size or file is None:
+        return None
+    return SharedSums(file, rank, size, slow)
+
+
+def _made(token: bytes) -> Optional[int]:
+    try:
+        file = os.memfd_create("sums of ranks")
+        os.write(file, token)
+    except OSError:  # a container may forbid it
+        return None
+    return file
+
+
+def _opened(where: str, token: str) -> Optional[int]:
+    try:
+        file = os.open(where, os.O_RDWR | os.O_CLOEXEC)
+        if os.pread(file, _TOKEN_BYTES, 0).hex() == token:
+            return file
+        os.close(file)
+    except OSError:  # rank 0 is in another container, or of another user
+        pass
+    return None
+
+
+def _futex(address: int, operation: int, value: int, limit: Optional[_Timespec] = None) -> int:
+    """Wait while the number at ``address`` is ``value``, or wake who waits there. Returns the error number, or 0."""
+    number = _FUTEX[platform.machine()]
+    done = _libc.syscall(
+        ctypes.c_long(number),
+        ctypes.c_void_p(address),
+        ctypes.c_int(operation),
+        ctypes.c_int(value),
+        ctypes.byref(limit) if limit else None,
+        None,
+        ctypes.c_int(0),
+    )
+    return ctypes.get_errno() if done < 0 else 0
+
+
+def _padded(count: int) -> int:
+    return -(-count // _LINE) * _LINE
