@@ -25,9 +25,9 @@ from job.distributed.shared_sums import SharedSums, meet
 from job.distributed.watchdog import Watchdog, is_orphan, tell
 from job.errors import PeerLostError, UsageError
 
-# Horovod looks for work once a cycle, in ms, and a sum waits for half of one. Over MPI this was a little faster than its
-# own 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured. Where ranks
-# have shared memory for what a step sums, Horovod's looks only take time from them.
+# Horovod looks for work once a cycle, in ms, and a sum waits for half of one. Over MPI this was a little faster than
+# its own 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured. Where
+# ranks have shared memory for what a step sums, Horovod's looks only take time from them.
 _CYCLE, _OVER_MPI, _BESIDE_SHARED_MEMORY = "HOROVOD_CYCLE_TIME", "0.5", "5"
 _TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
