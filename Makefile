@@ -26,7 +26,7 @@ train: setup ## set up, then train on this machine (NP=2 ARGS="key=value ...")
 	@launch/local.sh -np $(NP) run.dir=runs/$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup ## set up, then all tests except the slow ones and test-faults
-	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/faults --ignore=tests/image $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not slow' --ignore=tests/faults --ignore=tests/image $(ARGS)
 
 test-slow: setup ## set up, then the slow tests
 	@.venv/bin/python -m pytest -m slow --ignore=tests/image $(ARGS)

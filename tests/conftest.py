@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+UNIT = Path(__file__).parent / "unit"
 
 # What is broken, and what must hold.
 MATRIX = {
@@ -39,6 +42,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-matrix", action="store_true", help="print what was broken and what held, as a table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n 2 --dist loadgroup``, what starts ranks runs one after the other, and beside it the unit tests."""
+    for item in items:
+        group = item.path.name if UNIT in item.path.parents else "whatever starts ranks"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(hookwrapper=True)
