@@ -9,7 +9,7 @@ from mxnet.gluon import nn
 
 def compact(
     classes: int,
-    stages: Sequence[Sequence[int]] = ((32,), (64, 64), (128, 128)),
+    stages: Sequence[Sequence[int]] = ((32, 32), (64, 64), (128, 128)),
     hidden: int = 256,
     dropout: float = 0.3,
 ) -> nn.HybridSequential:
@@ -20,16 +20,17 @@ def compact(
 
     Args:
         classes: how many there are to tell apart.
-        stages: the channels of each convolution of each stage. Those of the first stage are of 5x5, the others of 3x3.
+        stages: the channels of each convolution of each stage. The very first is of 5x5, the others are of 3x3.
         hidden: units of the dense layer.
         dropout: of what it reads.
     """
     net = nn.HybridSequential()
-    for number, stage in enumerate(stages):
-        kernel = 3 if number else 5
+    kernel = 5
+    for stage in stages:
         for width in stage:
             net.add(nn.Conv2D(width, kernel, padding=kernel // 2, use_bias=False))  # 32x28x28, 64x14x14, 128x7x7
             net.add(nn.BatchNorm(), nn.Activation("relu"))
+            kernel = 3
         net.add(nn.MaxPool2D(2, 2))  # 32x14x14, 64x7x7, 128x3x3
     net.add(nn.Flatten(), nn.Dropout(dropout))  # 1152
     net.add(nn.Dense(hidden, use_bias=False), nn.BatchNorm(), nn.Activation("relu"), nn.Dense(classes))
