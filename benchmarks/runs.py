@@ -47,6 +47,11 @@ def run(name: str, ranks: int, overrides: Sequence[str], threads: int | None = N
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     print(f"{name}: done", flush=True)
+    return read(folder)
+
+
+def read(folder: Path) -> Run:
+    """The run of this ``run.dir``."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Run(json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines])
 
