@@ -1,8 +1,8 @@
 """MXNet imported in a third of the time, which every rank of a run waits for.
 
 MXNet 1.9.1 writes and compiles the source of a Python function for each of its 2,500 operators when it is imported, of
-which a run uses some fifty. It also loads a library to download with, and one to build packages with. Its modules for
-ONNX are loaded all the same: loaded later, after Horovod, onnx has ended the process with a segmentation fault.
+which a run uses some fifty. It also loads a library to download with, one to build packages with, and onnx. That one is
+either loaded at once or never: loaded later, after Horovod, it has ended the process with a segmentation fault.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from types import ModuleType
 from typing import Any, Optional
 
 _MODULE, _MAKERS, _MAKE = "mxnet.base", ("_init_op_module", "_init_np_op_module"), "make_op_func"
+_ONNX = "mxnet.contrib.onnx"  # imports onnx, and mxnet.onnx
 
 Operator = Callable[..., Any]
 
 
-def quicken() -> None:
+def quicken(onnx: bool = True) -> None:
     """Have each operator's function made when it is first called. To be called before MXNet is imported.
 
-    What is lost are the docstrings and the signatures of ``mx.nd`` and ``mx.sym``, for this process.
+    What is lost are the docstrings and the signatures of ``mx.nd`` and ``mx.sym``, for this process; and, unless it
+    needs ``onnx``, ``mx.onnx`` with ``mx.contrib.onnx``.
     """
     if "mxnet" not in sys.modules:
         sys.meta_path.insert(0, _Finder())
         _load_when_used("requests")
+        if not onnx:
+            sys.modules[_ONNX] = ModuleType(_ONNX)
 
 
 class _Finder(MetaPathFinder):

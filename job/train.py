@@ -25,7 +25,7 @@ from job.quick_import import quicken
 
 if __name__ == "__main__":
     share_cores()  # before MXNet is imported
-    quicken()
+    quicken(onnx=False)
     # Whoever has made a mistake need not wait for all that follows.
     asked = None if is_standby() else command.attempt(parse)
     if asked and asked.run.deterministic:

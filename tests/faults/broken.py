@@ -19,7 +19,7 @@ from job.distributed.standby import wait_for_rank
 from job.quick_import import quicken
 
 share_cores()
-quicken()
+quicken(onnx=False)
 
 import numpy as np
 

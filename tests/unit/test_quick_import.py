@@ -38,6 +38,7 @@ print(json.dumps({{
     "refusal": refusal,
     "written": mx.nd.relu.__doc__ != "",
     "downloads": "urllib3" in sys.modules,
+    "onnx": "onnx" in sys.modules,
     "exists": bool(mx.gluon.utils.requests.get),
 }}))
 """
@@ -52,8 +53,17 @@ def look(before: str) -> dict[str, Any]:
     return found
 
 
+def test_without_onnx_nothing_else_is_missing() -> None:
+    whole, without = (look(f"from job.quick_import import quicken; quicken(onnx={onnx})") for onnx in (True, False))
+    assert (whole.pop("onnx"), without.pop("onnx")) == (True, False)
+    for found in (whole, without):
+        found["operators"] = {name: names for name, names in found["operators"].items() if "onnx" not in name}
+    assert without == whole
+
+
 def test_a_quick_import_changes_neither_operators_nor_results() -> None:
     plain, quick = look(""), look("from job.quick_import import quicken; quicken()")
+    assert plain.pop("onnx") and quick.pop("onnx")
     assert (plain.pop("written"), plain.pop("downloads")) == (True, True)
     assert (quick.pop("written"), quick.pop("downloads")) == (False, False)
     assert sum(map(len, plain["operators"].values())) > 3000
