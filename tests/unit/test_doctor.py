@@ -132,7 +132,7 @@ def test_the_arguments_of_training_decide_what_is_looked_at(
     (tmp_path / "own.yaml").write_text(f"run: {{dir: {tmp_path}/chosen}}")
     asked: list[Any] = []
     monkeypatch.setattr(facts, "data", lambda config: asked.append(config.dir) or Data(("/data",)))
-    found = told(capsys, "--config", str(tmp_path / "own.yaml"), "data.dir=/mine", "run.device=gpu")
+    found = told(capsys, "--config", str(tmp_path / "own.yaml"), "data.dir=/mine", "--quiet", "run.device=gpu")
     assert f"run.dir={tmp_path}/chosen" in found["disk"]["message"] and asked == [Path("/mine")]
     assert found["gpu"]["status"] == "fail"
     monkeypatch.setattr(facts, "gpus", lambda: pytest.fail("a driver is asked though the CPU is wanted"))
