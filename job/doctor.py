@@ -116,7 +116,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         "--config", type=from_home, metavar="FILE", help=f"as for train.py (default: configs/{DEFAULT_FILE.name})"
     )
-    parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)  # of train.py, whose arguments these are
+    parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)  # for train.py
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
     options = parser.parse_intermixed_args(arguments)
     known, found = examine(load_config(options.config, options.overrides), options.np)
