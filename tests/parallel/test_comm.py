@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -85,3 +86,20 @@ def test_a_rank_that_waits_for_its_device_while_another_one_dies_ends_and_names_
     assert codes == {0: 1, 1: -signal.SIGKILL}, said
     assert "error: rank 0: step 7: rank 1 has ended, and this rank would wait for ever" in said
     assert "in wait_on_a_device" in said
+
+
+def rows(rank: int) -> list[np.ndarray]:
+    random = np.random.default_rng(rank)
+    return [random.normal(size=(4, 5)), random.integers(-(2**60), 2**60, 1000), random.normal(size=(4, 5))]
+
+
+def sums(comm: Comm) -> Any:
+    shares = getattr(comm, "_shared", None) is not None
+    return shares, [comm.sum(values, f"sum of {values.size}").tobytes() for values in rows(comm.rank)]
+
+
+def test_ranks_of_one_machine_sum_through_memory_in_the_order_of_ranks(run_ranks: Any) -> None:
+    expected = [functools.reduce(np.add, of_all).tobytes() for of_all in zip(*map(rows, range(3)))]
+    for shares, found in run_ranks(sums, 3):
+        assert shares
+        assert found[1:] == expected[1:], "the first goes through Horovod, whose order is its own"
