@@ -19,16 +19,14 @@ from typing import Any, Optional
 import mxnet as mx
 import numpy as np
 
-from job.distributed.placement import MEETING, launched, placement
+from job.distributed.placement import MEETING, cores, launched, placement
 from job.distributed.roll_call import RollCall
 from job.distributed.shared_sums import SharedSums, meet
 from job.distributed.watchdog import Watchdog, is_orphan, tell
 from job.errors import PeerLostError, UsageError
 
-# Horovod looks for work once a cycle, in ms, and a sum waits for half of one. Over MPI this was a little faster than
-# its own 1 ms (`make bench`). Over Gloo a look takes more of a core, and nothing shorter than 1 ms was measured. Where
-# ranks have shared memory for what a step sums, Horovod's looks only take time from them.
-_CYCLE, _OVER_MPI, _BESIDE_SHARED_MEMORY = "HOROVOD_CYCLE_TIME", "0.5", "5"
+_CYCLE = "HOROVOD_CYCLE_TIME"
+_ENOUGH_CORES = 4  # of a rank, to spare one for Horovod
 _TIMELINE, _ON_DEMAND = "HOROVOD_TIMELINE", "DYNAMIC"  # Horovod reads the variable when it starts
 
 
@@ -127,10 +125,10 @@ class HorovodComm(Comm):
         if timeline:
             os.environ.setdefault(_TIMELINE, _ON_DEMAND)
         together = placement().local_size == placement().size and share_memory and not timeline
-        if together and not mx.context.num_gpus():
-            os.environ.setdefault(_CYCLE, _BESIDE_SHARED_MEMORY)
-        elif not os.environ.get(MEETING):
-            os.environ.setdefault(_CYCLE, _OVER_MPI)
+        cores_a_rank = cores() // placement().local_size
+        os.environ.setdefault(
+            _CYCLE, cycle_ms(mx.context.num_gpus() > 0, together, not os.environ.get(MEETING), cores_a_rank)
+        )
         if subsets:
             os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
         self._hvd = hvd
@@ -249,6 +247,23 @@ class _Subset(Comm):
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
         return self._whole.sum(values, name, self._process_set)
+
+
+def cycle_ms(on_gpu: bool, together: bool, over_mpi: bool, cores_a_rank: int) -> str:
+    """How often Horovod is to look for work: once in so many milliseconds, of which a sum waits for half.
+
+    Args:
+        on_gpu: whether sums are of arrays on GPUs. Then each of a step is Horovod's, and looks take no core that
+            computes. How fast that is was never measured on a GPU; over MPI on a CPU a sum took 0.2 ms at 0.1 ms.
+        together: whether ranks have shared memory for what a step sums. Looks only take time from them then.
+        over_mpi: and not Gloo, whose looks take more of a core (`make bench` measures both).
+        cores_a_rank: on this machine.
+    """
+    if on_gpu and cores_a_rank >= _ENOUGH_CORES:
+        return "0.1"
+    if together and not on_gpu:
+        return "5"
+    return "0.5" if over_mpi else "1"  # Horovod's own is 1
 
 
 @contextmanager
