@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional, Union, get_args, get_origin
+from typing import Any, BinaryIO, NamedTuple, Optional, Union, get_args, get_origin
 
 import numpy as np
 from mxnet.gluon import nn
@@ -94,7 +94,7 @@ class TensorBoard(Writer):
         with _a_queue_within_the_process():
             self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
         _name_after_the_others(self._writer, folder)
-        _write_at_once(self._writer)
+        self._file = _written_at_once(self._writer)
         self._subject = subject
         self._classes = (subject.learner.feed.about if subject else FASHION_MNIST).classes
         self._described = False
@@ -118,7 +118,10 @@ class TensorBoard(Writer):
             if record["split"] == next(iter(splits)):
                 self._add_histograms(self._subject.learner, step)
         self._tell_changes()
-        self._writer.flush()  # it would keep the last two minutes to itself, and lose them with the process
+        self._file.flush()  # or the last ones are lost with the process; not to the disk, for which a step would wait
+
+    def sync(self) -> None:
+        self._writer.flush()
 
     def _tell_changes(self) -> None:
         """A text for each time that other ranks went on, which the launcher notes after their first step."""
@@ -238,8 +241,8 @@ def _a_queue_within_the_process() -> Iterator[None]:
         event_file_writer.multiprocessing = was
 
 
-def _write_at_once(writer: SummaryWriter) -> None:
-    """Have this thread write the events.
+def _written_at_once(writer: SummaryWriter) -> BinaryIO:
+    """Have this thread write the events. Returns the file into which it does.
 
     tensorboardX hands them to a thread of its own through a short queue: what is in it is lost with the process, and if
     that thread dies of a full disk, whoever writes next waits for ever.
@@ -247,6 +250,8 @@ def _write_at_once(writer: SummaryWriter) -> None:
     events = writer.file_writer.event_writer
     events._worker.stop()
     events.add_event = events._ev_writer.write_event
+    file: BinaryIO = events._ev_writer._py_recordio_writer._writer
+    return file
 
 
 def _png(picture: Image.Image) -> Summary.Image:

@@ -91,6 +91,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Subject]:
     return folder, shown
 
 
+def test_a_step_does_not_wait_for_the_disk_and_a_checkpoint_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, synced = TensorBoard(tmp_path), []
+    (events,) = tmp_path.glob("events.*")
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.path.samestat(os.fstat(file), events.stat())))
+    board.write(TRAIN)
+    assert synced == []
+    board.sync()
+    assert synced == [True]
+
+
 def test_a_record_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for step in range(1, 50):  # with a thread that writes, some of them would be late
