@@ -24,6 +24,9 @@ class DataError(JobError):
 class PeerLostError(JobError):
     """Another rank failed or cannot be reached, so that this one cannot go on. That rank's message has the cause."""
 
+    def __init__(self, message: str = "stopped, because another rank failed; its message says why") -> None:
+        super().__init__(message)
+
 
 class CheckpointError(JobError):
     """A checkpoint cannot be written, or none can be gone on from. The message names the folder."""

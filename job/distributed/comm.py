@@ -156,7 +156,7 @@ class HorovodComm(Comm):
                 self._shared = meet(self.rank, self.size, partial(self.gather_text, name="shared memory"), self._sum)
 
     def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str, process_set: Any = None) -> None:
-        # One group: which gradients Horovod would otherwise fuse depends on timing, and with it the order of summation
+        # One group: which arrays Horovod would otherwise fuse depends on timing, and with it the order of summation
         # and the last bits of the result.
         options = {"process_set": process_set} if process_set else self._options
         self._entered += not process_set  # of those that all ranks enter
@@ -273,7 +273,7 @@ def peer_errors() -> Iterator[None]:
         yield
     except mx.MXNetError as error:
         if "Horovod has been shut down" in str(error):
-            raise PeerLostError("stopped, because another rank failed; its message says why") from None
+            raise PeerLostError from None
         raise
 
 

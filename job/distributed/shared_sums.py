@@ -25,7 +25,7 @@ import numpy as np
 
 from job.errors import PeerLostError
 
-_LARGEST_BYTES = 2**22  # of what is summed; beyond it Horovod is better, whose ranks share the work of adding up
+_LARGEST_BYTES = 2**22  # of what is summed; Horovod's ranks share the work of adding up. Not measured beyond it
 _LOOK_SECONDS = 0.1  # between two looks at whether a rank that is waited for is alive
 _LINE = 64  # bytes that processors exchange as a whole; numbers of two ranks are not in the same
 _TOKEN_BYTES = 16
@@ -130,7 +130,7 @@ class _Part:
     def _wait_for(self, peer: int) -> None:
         while (seen := int(self._counts[peer])) < self._done:
             if _futex(self._addresses[peer], _FUTEX_WAIT, seen, _LOOK) == errno.ETIMEDOUT and self._is_dead(peer):
-                raise PeerLostError("stopped, because another rank failed; its message says why")
+                raise PeerLostError
 
 
 def meet(rank: int, size: int, tell: Callable[[str], list[str]], slow: Sum) -> Optional[SharedSums]:
