@@ -26,21 +26,14 @@ from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
 from job.training.average import Average
 from job.training.evaluation import Evaluation, evaluate
-from job.training.exact import ExactSum, sum_of_squares
+from job.training.exact import sum_of_squares
 from job.training.feed import Feed
 from job.training.metrics import Meter, Totals
 from job.training.pace import Pace
+from job.training.step_sums import StepSums
 
 Micros = Sequence[Sequence[Shard]]  # a rank's shards of each micro-batch of a step
 Feeds = list[dict[str, mx.nd.NDArray]]  # of each shard what the training graph takes, by name
-
-# What a step sums, in the words of the error about a number that cannot be summed.
-_KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
-    "the loss",
-    "the gradient",
-    "the number of right answers",
-    "a mean or variance of BatchNorm",
-)
 
 
 def optimizer_options(optimizer: OptimizerConfig) -> tuple[str, dict[str, Any]]:
@@ -122,9 +115,8 @@ class Learner:
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())
+        self._norms = [] if self._group.whole else self._network.graph.norms  # of statistics that are a shard's own
         self._sums = self._lay_out(shards)
-        gradients = [self._network.gradients[parameter.name] for parameter in self._trained]
-        self._by_size = sorted(zip(self._places, gradients), key=lambda pair: -len(pair[0]))
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
         decay = config.train.average_decay
@@ -154,12 +146,11 @@ class Learner:
         """
         self.pace.start()
         before = [array.copy() for array in self._statistics] if self._skips else []
-        self._sums.clear()
-        self._sums.add(_LOSS, self._votes, np.array([float(stop)]))
+        self._sums.start(stop)
         for number, shards in enumerate(micros):
             outcomes = self._backward(self._input(split, shards), global_batch)
             self._look_ahead(split, micros[number + 1 :])  # while that is computed
-            self._add(outcomes, global_batch)
+            self._sums.add(outcomes, global_batch)
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
         refused = self._sums.refused
@@ -276,52 +267,31 @@ class Learner:
                 feed[dropout.mask] = self._bring(np.asarray(mask, images.dtype))
         return feeds
 
-    def _lay_out(self, shards: int) -> ExactSum:
-        """Give everything that is summed over ranks its place in one vector."""
-        place = 0
-        self._places: list[Span] = []
-        for parameter in self._trained:
-            self._places.append(Span(place, place + parameter.data().size))
-            place = self._places[-1].stop
-        self._votes, self._loss, self._correct = place, place + 1, place + 2
-        self._moments: list[Span] = []  # of each BatchNorm and micro-batch, if each shard has its own statistics
-        place += 3
-        for norm in [] if self._group.whole else self._network.graph.norms:
-            channels = self._parameters[norm.running_mean].data().size
-            self._moments.append(Span(place, place + 2 * channels * self._micros))
-            place = self._moments[-1].stop
-        return ExactSum(self.comm, place, _KINDS, shards * self._micros, self.feed.dtype)
-
-    def _add(self, outcomes: list[list[mx.nd.NDArray]], global_batch: int) -> None:
-        """Wait for the gradients of this rank's shards, and add them up."""
-        for losses, correct in outcomes:
-            self._sums.add(_LOSS, self._loss, _values(losses) / global_batch)
-            self._sums.add(_CORRECT, self._correct, _values(correct))
-        # The largest first. They are those of dense layers, which are there while the convolutions are computed.
-        for place, gradients in self._by_size:
-            for gradient in gradients:
-                self._sums.add(_GRADIENT, place.start, _values(gradient))
+    def _lay_out(self, shards: int) -> StepSums:
+        gradients = [self._network.gradients[parameter.name] for parameter in self._trained]
+        channels = [self._parameters[norm.running_mean].data().size for norm in self._norms]
+        moments = [2 * number * self._micros for number in channels]
+        return StepSums(self.comm, gradients, moments, shards * self._micros, self.feed.dtype)
 
     def _reduce(self, images: int) -> None:
-        for norm, place in zip(self._network.graph.norms, self._moments):
+        for layer, norm in enumerate(self._norms):
             for micro, own in enumerate(self._group.take_moments(norm.key)):
                 for values in own:
-                    self._sums.add(_MOMENTS, place.start + micro * values.size, values.ravel())
+                    self._sums.add_moments(layer, micro * values.size, values.ravel())
         self._sums.reduce()
         self.pace.done()
         self.pace.count(images)
-        self.stopping = self.stopping or self._sums.read(self._votes, self._votes + 1)[0] > 0
+        self.stopping = self.stopping or self._sums.stops
 
     def _learn(self, global_batch: int, learning_rate: float, measure: bool) -> None:
-        gradients = [self._sums.read(*place) for place in self._places]
+        gradients = self._sums.gradients()
         self._gradient_norm = math.sqrt(sum(sum_of_squares(gradient) for gradient in gradients))
         limit = self._clip_norm
         scale = limit / max(self._gradient_norm, limit) if limit is not None else 1.0
         for parameter, gradient in zip(self._trained, gradients):
             _write(parameter.grad(), gradient * scale)
             parameter.data()._fresh_grad = True  # or the trainer takes it for one that was forgotten
-        loss, correct = self._sums.read(self._loss, self._correct + 1).tolist()
-        self.meter.add(Totals(loss * global_batch, correct, global_batch))
+        self.meter.add(Totals(self._sums.loss * global_batch, self._sums.correct, global_batch))
         self._update_running_statistics()
 
         weights = [parameter.data().copy() for parameter in self._trained] if measure else []
@@ -336,8 +306,8 @@ class Learner:
 
     def _update_running_statistics(self) -> None:
         """Where each shard has its own statistics, the running ones follow their mean over the shards."""
-        for norm, place in zip(self._network.graph.norms, self._moments):
-            means = self._sums.read(*place).reshape(self._micros, 2, -1) / self._group.shards
+        for norm, sums in zip(self._norms, self._sums.moments()):
+            means = sums.reshape(self._micros, 2, -1) / self._group.shards
             for name, values in zip((norm.running_mean, norm.running_var), means.swapaxes(0, 1)):
                 running = self._parameters[name].data()
                 for value in values:
@@ -373,12 +343,6 @@ class _Inference:
 
 def _inference(net: gluon.HybridBlock) -> _Inference:
     return _Inference(net(mx.sym.var("data")))
-
-
-def _values(array: mx.nd.NDArray) -> np.ndarray:
-    """The numbers of an array (n,), when they are there; without a copy on the CPU."""
-    array.wait_to_read()
-    return (host_view(array) if array.context.device_type == "cpu" else array.asnumpy()).ravel()
 
 
 def _write(array: mx.nd.NDArray, values: np.ndarray) -> None:
