@@ -364,8 +364,8 @@ class ModelConfig(Section):
         {}, description="arguments of a network of the zoo or of your own, by name"
     )
     weights: Optional[Path] = Field(None, description="file of trained weights to start from: .params or .safetensors")
-    dtype: Literal["float32", "float64"] = Field(
-        "float32", description="of weights and activations; float64 takes twice as long"
+    dtype: Literal["float32", "float64", "float16"] = Field(
+        "float32", description="of activations; float16: mixed precision for GPUs"
     )
     sync_batch_norm: bool = Field(True, description="BatchNorm statistics over the global batch, not each shard's")
     sync_batch_norm_group: Optional[int] = Field(
@@ -402,6 +402,11 @@ class ModelConfig(Section):
     @classmethod
     def _plain_values(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {str(name): _plain(item) for name, item in value.items()}
+
+    @property
+    def weights_dtype(self) -> str:
+        """Of weights, inputs and evaluations: mixed precision has its float16 within a step alone."""
+        return "float32" if self.dtype == "float16" else self.dtype
 
     @property
     def shards_of_statistics(self) -> Optional[int]:

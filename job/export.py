@@ -70,7 +70,7 @@ def export(options: argparse.Namespace) -> None:
     with unfinished(output) as file:
         FORMATS[name].write(trained, metadata(trained), file)
         found = compare(FORMATS[name].read(file), trained, dataset.test)
-    if name == "onnx" and trained.model.dtype != "float32":
+    if name == "onnx" and trained.model.weights_dtype != "float32":
         print(f"note: the run is in {trained.model.dtype}, the model in float32; --format mxnet keeps it")
     if better := runs.better(options.run, options.checkpoint):
         print(f"note: the run measured better after step {better}; --checkpoint best exports that")

@@ -77,10 +77,10 @@ def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) ->
     """The network with weights that follow from the seed or are of a file, and its optimizer."""
     seed_everything(config.run.seed)
     net = models.build(config.model, len(about.classes), about.shape)
-    models.initialize(net, ctx, config.model.dtype, about.shape)
+    models.initialize(net, ctx, config.model.weights_dtype, about.shape)
     if comm.rank == 0 and config.model.weights and not goes_on(config):  # the others receive what rank 0 has
         print(f"model.weights={config.model.weights}: {weights.load(net, config.model.weights)}", flush=True)
-    return Learner(net, comm, Feed(ctx, config.model.dtype, about), config)
+    return Learner(net, comm, Feed(ctx, config.model.weights_dtype, about), config)
 
 
 def train(config: Config, comm: Comm) -> HybridBlock:

@@ -72,7 +72,7 @@ class _Network:
 
     def __init__(self, trained: Trained) -> None:
         graph = network(trained)
-        self._feed = Feed(mx.cpu(), trained.model.dtype, trained.about)
+        self._feed = Feed(mx.cpu(), trained.model.weights_dtype, trained.about)
         self._operator = mx.nd.CachedOp(graph.symbol)
         self._order = graph.symbol.list_inputs()
         self._arrays = {name: mx.nd.array(array, dtype=array.dtype) for name, array in graph.arrays.items()}

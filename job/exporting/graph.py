@@ -138,7 +138,7 @@ def _require_alike(symbol: mx.sym.Symbol, fed: tuple[int, ...], arrays: Mapping[
 
 def model(trained: Trained) -> Model:
     """The classifier that would be exported, computed as it is by MXNet."""
-    graph = classifier(trained, trained.model.dtype, guarded=True)
+    graph = classifier(trained, trained.model.weights_dtype, guarded=True)
     operator = mx.nd.CachedOp(graph.symbol)
     arrays = {name: mx.nd.array(array, dtype=array.dtype) for name, array in graph.arrays.items()}
     order = graph.symbol.list_inputs()

@@ -22,7 +22,7 @@ def write(trained: Trained, facts: Mapping[str, str], file: Path) -> None:
 
     from job.exporting.graph import IMAGES, classifier
 
-    graph = classifier(trained, trained.model.dtype, guarded=True)
+    graph = classifier(trained, trained.model.weights_dtype, guarded=True)
     nodes = json.loads(graph.symbol.tojson())
     next(node for node in nodes["nodes"] if node["name"] == IMAGES)["attrs"] = dict(facts)
     states = set(graph.symbol.list_auxiliary_states())

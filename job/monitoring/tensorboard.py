@@ -40,6 +40,7 @@ DRAWN_CLASSES = 50  # more make a confusion matrix that nobody can read, and too
 
 _GROUPS = {
     "learning_rate": "optimizer", "gradient_norm": "optimizer", "update_ratio": "optimizer",
+    "loss_scale": "optimizer", "skipped": "optimizer",
     "images_per_second": "throughput", "ranks": "throughput",
 }  # fmt: skip
 _OWN_PAGES = ("step", "split", "pace", "confusion", "mistakes")  # not scalars as they stand

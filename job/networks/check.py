@@ -12,6 +12,7 @@ from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks import models
 from job.networks.batch_norm_operator import Group
+from job.networks.mixed_precision import in_float16
 from job.networks.others import said
 from job.networks.shards import write_sharded
 from job.networks.weights import match
@@ -35,6 +36,8 @@ def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, i
         raise UsageError(f"model.name={model.name}: gives several outputs, and one of shape (N, {classes}) is needed")
     try:
         write_sharded(symbol, 1, Group(Comm(), range(1), 1))
+        if model.dtype == "float16":
+            in_float16(symbol, mx.cpu())
     except UsageError as error:
         raise UsageError(f"model.name={model.name}: {error}") from None
     try:

@@ -94,5 +94,7 @@ def said(error: Exception) -> str:
     """What an exception of foreign code says, in one line: MXNet adds a stack."""
     if found := re.search(r"Error in operator ([^:]+):.*Check failed: (.*)", str(error)):
         return f"its operator {found[1]} needs {found[2].strip()}"
+    if found := re.search(r"Check failed: (.*)", str(error)):
+        return f"MXNet needs {found[1].strip()}"
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Stack trace")]
     return f"{type(error).__name__}: {lines[-1 if isinstance(error, SyntaxError) else 0].strip() if lines else ''}"

@@ -75,7 +75,7 @@ def write_sharded(
     Raises:
         UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
     """
-    traced = json.loads(symbol.tojson())
+    traced = json.loads(symbol.tojson(remove_amp_cast=False))
     found = _tails(traced["nodes"], traced["heads"], tails)
     writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), found, direct)
     for index in range(len(traced["nodes"])):

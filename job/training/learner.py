@@ -21,6 +21,7 @@ from job.networks.batch_norm_operator import Group, tails_for
 from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
 from job.networks.kernels import host_view
+from job.networks.mixed_precision import in_float16
 from job.networks.shards import ShardedNetwork, dropout_mask
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
@@ -28,6 +29,7 @@ from job.training.average import Average
 from job.training.evaluation import Evaluation, evaluate
 from job.training.exact import sum_of_squares
 from job.training.feed import Feed
+from job.training.loss_scale import LossScale
 from job.training.metrics import Meter, Totals
 from job.training.pace import Pace
 from job.training.step_sums import StepSums
@@ -108,9 +110,12 @@ class Learner:
         shards = config.data.shards
         own, model = own_shards(comm.rank, comm.size, shards), config.model
         self._group = Group(comm, own, shards, model.shards_of_statistics, model.unbiased_variance)
-        objective = _objective(net, config.train.label_smoothing)
-        tails = tails_for(feed.ctx, feed.dtype) if config.model.fuse_batch_norm else ()
-        direct = can_fuse(feed.ctx, feed.dtype) and config.model.direct_convolution
+        self._scale = LossScale() if model.dtype == "float16" else None
+        logits = net(mx.sym.var("data"))
+        objective = _objective(in_float16(logits, feed.ctx) if self._scale else logits, config.train.label_smoothing)
+        dtype = "float16" if self._scale else feed.dtype  # of activations
+        tails = tails_for(feed.ctx, dtype) if config.model.fuse_batch_norm else ()
+        direct = can_fuse(feed.ctx, dtype) and config.model.direct_convolution
         self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, tails, direct)
         self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
@@ -145,8 +150,8 @@ class Learner:
             DivergedError: a number that is summed is not finite, and such updates are not skipped. Nothing was updated.
         """
         self.pace.start()
-        before = [array.copy() for array in self._statistics] if self._skips else []
-        self._sums.start(stop)
+        before = [array.copy() for array in self._statistics] if self._skips or self._scale else []
+        self._sums.start(stop, self._scale.value if self._scale else 1.0)
         for number, shards in enumerate(micros):
             outcomes = self._backward(self._input(split, shards), global_batch)
             self._look_ahead(split, micros[number + 1 :])  # while that is computed
@@ -154,18 +159,20 @@ class Learner:
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
         refused = self._sums.refused
-        if refused and not self._skips:
+        if refused and not (self._mends() or self._skips):
             raise DivergedError(
                 f"step {self.steps}: {' and '.join(refused)} {'are' if len(refused) > 1 else 'is'} not finite, or too"
                 f" large to go on with (more than {self._sums.limit:,.0f} in a shard); the last checkpoint is from"
                 " before it. Lower optimizer.learning_rate (in the same run.dir with"
                 " run.resume_ignoring=[optimizer.learning_rate]), set train.clip_gradient_norm, or drop such updates"
-                " with run.on_nonfinite=skip"
+                " with run.on_nonfinite=skip" + ("; or train in model.dtype=float32" if self._scale else "")
             )
         if refused:
             self._undo(before)
-        else:
-            self._learn(global_batch, learning_rate, measure)
+            return
+        if self._scale:
+            self._scale.grow()
+        self._learn(global_batch, learning_rate, measure)
 
     def ahead(self, steps: Iterable[tuple[int, Micros]]) -> Iterator[tuple[int, Micros]]:
         """The steps as they are, each with its number; and the input of the next one is made while one is computed."""
@@ -191,6 +198,7 @@ class Learner:
         return {
             "gradient_norm": self._gradient_norm,
             "update_ratio": math.sqrt(moved / weights) if weights else math.nan,
+            **({"loss_scale": self._scale.value, "skipped": self.skipped} if self._scale else {}),
             "pace": self.pace.gather(),
         }
 
@@ -222,12 +230,15 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is."""
-        return {"steps": self.steps, "skipped": self.skipped}
+        scale = {"loss_scale": self._scale.state_dict()} if self._scale else {}
+        return {"steps": self.steps, "skipped": self.skipped, **scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._ahead = None
         self.steps, self.skipped = state["steps"], state["skipped"]
+        if self._scale:
+            self._scale.load_state_dict(state.get("loss_scale"))
 
     def _input(self, split: Split, shards: Sequence[Shard]) -> Feeds:
         """What the graph takes of the shards, as it was made ahead, or made now."""
@@ -245,7 +256,8 @@ class Learner:
         with autograd.record():
             outcomes = self._network(feeds)
         first = outcomes[0][0]
-        share = mx.nd.full((1,), 1 / global_batch, first.context, first.dtype)
+        scale = self._scale.value if self._scale else 1
+        share = mx.nd.full((1,), scale / global_batch, first.context, first.dtype)
         autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
         return outcomes
 
@@ -313,6 +325,10 @@ class Learner:
                 for value in values:
                     running[:] = norm.momentum * running.asnumpy().astype(np.float64) + (1 - norm.momentum) * value
 
+    def _mends(self) -> bool:
+        """Whether only gradients were too large, and because of their scale, which is smaller from now on."""
+        return self._scale is not None and self._sums.overflowed and self._scale.shrink()
+
     def _undo(self, statistics: list[mx.nd.NDArray]) -> None:
         """Leave no trace of a step but its number: no update, no running statistics, no loss in the metrics."""
         self._gradient_norm = math.nan
@@ -322,9 +338,9 @@ class Learner:
         self.skipped += 1
 
 
-def _objective(net: gluon.HybridBlock, smoothing: float) -> mx.sym.Symbol:
+def _objective(logits: mx.sym.Symbol, smoothing: float) -> mx.sym.Symbol:
     """Of a shard: the sum of its samples' losses, and how many of them are classified right."""
-    logits, labels = net(mx.sym.var("data")), mx.sym.var("label")
+    labels = mx.sym.var("label")
     losses = cross_entropy(logits, labels, smoothing)
     correct = mx.sym.BlockGrad(mx.sym.argmax(logits, axis=1) == labels)
     return mx.sym.Group([losses.sum(), correct.sum()])

@@ -50,10 +50,17 @@ class StepSums:
         # The largest first. They are those of dense layers, which are there while the convolutions are computed.
         self._by_size = sorted(zip(self._gradients, gradients), key=lambda pair: -len(pair[0]))
         self._vector = ExactSum(comm, ends[-1], _KINDS, addends, dtype)
+        self._scale = 1.0
         self.limit = self._vector.limit  # of the size of a number that can be summed
 
-    def start(self, stop: bool) -> None:
-        """A step begins. ``stop`` is this rank's vote to end the run after it."""
+    def start(self, stop: bool, scale: float = 1.0) -> None:
+        """A step begins.
+
+        Args:
+            stop: this rank's vote to end the run after it.
+            scale: of the loss that gradients are of, a power of two. They are summed without it.
+        """
+        self._scale = scale
         self._vector.clear()
         self._vector.add(_LOSS, self._votes.start, np.array([float(stop)]))
 
@@ -70,7 +77,8 @@ class StepSums:
             self._vector.add(_CORRECT, self._correct.start, _values(correct))
         for place, gradients in self._by_size:
             for gradient in gradients:
-                self._vector.add(_GRADIENT, place.start, _values(gradient))
+                values = _values(gradient)
+                self._vector.add(_GRADIENT, place.start, values / self._scale if self._scale != 1 else values)
 
     def add_moments(self, layer: int, first: int, values: np.ndarray) -> None:
         """Add ``values`` (n,) of a shard to the moments of a BatchNorm, from their place ``first`` on."""
@@ -84,6 +92,11 @@ class StepSums:
     def refused(self) -> dict[str, int]:
         """What could not be summed, in words, and how many numbers of it: not finite, or larger than ``limit``."""
         return self._vector.refused
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether it was gradients alone that could not be summed: a smaller scale may mend that."""
+        return {*self.refused} == {_GRADIENT}
 
     @property
     def stops(self) -> bool:

@@ -43,7 +43,7 @@ BAD_FILES = {
     "zero for a boolean": ("model: {sync_batch_norm: 0}", ["model.sync_batch_norm", "true or false", "got 0"]),
     "fraction for a boolean": ("model: {sync_batch_norm: 1.0}", ["model.sync_batch_norm", "true or false", "1.0"]),
     "text for a boolean": ("run: {overwrite: perhaps}", ["run.overwrite", "boolean", "'perhaps'"]),
-    "unknown choice": ("model: {dtype: float16}", ["model.dtype", "'float32'", "'float16'"]),
+    "unknown choice": ("model: {dtype: bfloat16}", ["model.dtype", "'float32'", "'bfloat16'"]),
     "choice of another case": ("run: {device: GPU}", ["run.device", "'gpu'", "'GPU'"]),
     # bounds
     "below >= 0": ("run: {seed: -1}", ["run.seed", "greater than or equal to 0", "-1"]),
