@@ -29,7 +29,7 @@ if __name__ == "__main__":
     # Whoever has made a mistake need not wait for all that follows.
     asked = None if is_standby() else command.attempt(parse)
     if asked and asked.run.deterministic:
-        enforce_determinism()  # before MXNet is imported, too
+        enforce_determinism(tensor_cores=asked.model.dtype == "float16")  # before MXNet is imported, too
 
 from mxnet import Context
 from mxnet.gluon import HybridBlock

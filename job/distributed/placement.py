@@ -20,11 +20,12 @@ _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_R
 _BOUND = "OMPI_MCA_orte_bound_at_launch"  # Open MPI tells so that each rank has cores of its own
 _ASKED_THREADS = "JOB_ASKED_OMP_NUM_THREADS"
 _ALLOWED = "JOB_ALLOWED_CORES"  # how many there were before this process was bound to some of them
+_TENSOR_CORES = "MXNET_CUDA_ALLOW_TENSOR_CORE"
 # What has a GPU compute the same bits each time, as far as MXNet's, cuDNN's and cuBLAS's documentation goes.
 DETERMINISTIC = {
     "MXNET_ENFORCE_DETERMINISM": "1",  # of cuDNN only algorithms that are
     "MXNET_CUDNN_AUTOTUNE_DEFAULT": "0",  # or each rank takes what a clock says is the fastest
-    "MXNET_CUDA_ALLOW_TENSOR_CORE": "0",
+    _TENSOR_CORES: "0",
     "NVIDIA_TF32_OVERRIDE": "0",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # with several streams
 }
@@ -112,10 +113,14 @@ def bind(own: Collection[int]) -> None:
                 os.sched_setaffinity(int(thread), own)
 
 
-def enforce_determinism() -> None:
-    """Ask for GPUs that repeat their bits. What the user has set in the environment stands. Not tested on a GPU."""
+def enforce_determinism(tensor_cores: bool = False) -> None:
+    """Ask for GPUs that repeat their bits. What the user has set in the environment stands. Not tested on a GPU.
+
+    ``tensor_cores`` are left to whoever computes in float16, who gains little without them.
+    """
     for name, value in DETERMINISTIC.items():
-        os.environ.setdefault(name, value)
+        if not (tensor_cores and name == _TENSOR_CORES):
+            os.environ.setdefault(name, value)
 
 
 def asked_threads() -> Optional[str]:

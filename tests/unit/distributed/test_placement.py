@@ -158,6 +158,12 @@ def test_determinism_is_asked_of_gpus_and_what_the_user_has_set_stands(monkeypat
     assert os.environ == {**DETERMINISTIC, "MXNET_CUDNN_AUTOTUNE_DEFAULT": "1"}
 
 
+def test_float16_keeps_the_tensor_cores_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    enforce_determinism(tensor_cores=True)
+    assert {*DETERMINISTIC} - {*os.environ} == {"MXNET_CUDA_ALLOW_TENSOR_CORE"}
+
+
 def test_a_process_alone_takes_all_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with_cores(monkeypatch, 6)
     share_cores()
