@@ -33,7 +33,7 @@ from job.distributed.placement import enforce_determinism, share_cores
 PART = "--part"
 if PART in sys.argv:  # not the process that launches the ranks, which would hand all cores on to each of them
     share_cores()
-    enforce_determinism()  # as training does
+    enforce_determinism(tensor_cores=True)  # as training does, also in float16, which alone has a use for them
 
 import numpy as np
 
@@ -236,23 +236,24 @@ def step(place: Place) -> None:
 
 
 def step_time(comm: Any, ctx: Any, network: str, split: Any, about: Any, batch: int, what: str, rehearse: bool) -> Row:
-    """With statistics of each shard alone, and with those of the global batch, in turns."""
+    """With statistics of each shard alone, with those of the global batch, and with these in float16, in turns."""
     from benchmarks.intervals import ratio
     from benchmarks.step_time import WARMUP_TURNS, measure
     from job.config import load_config
     from job.train import new_learner
 
     learners = []
-    for synchronized in (False, True):
+    for synchronized, dtype in ((False, "float32"), (True, "float32"), (True, "float16")):
         overrides = [f"model.name={network}", f"data.global_batch={batch}", f"data.shards={max(8, comm.size)}"]
-        config = load_config(overrides=[*overrides, f"model.sync_batch_norm={str(synchronized).lower()}"])
+        kind = [f"model.sync_batch_norm={str(synchronized).lower()}", f"model.dtype={dtype}"]
+        config = load_config(overrides=[*overrides, *kind])
         learners.append(new_learner(config, comm, ctx, about))
     turns = (1, 1) if rehearse else (12, 8)
     step_ms = measure(comm, learners, split, batch, max(8, comm.size), *turns)[WARMUP_TURNS:]
-    alone, together = np.median(step_ms, axis=0)
+    alone, together, half = np.median(step_ms, axis=0)
     value, low, high = ratio(step_ms[:, 1], step_ms[:, 0])
     found = f"{alone:.2f} ms without SyncBatchNorm, {together:.2f} ms with it: x{value:.2f} ({low:.2f} to {high:.2f})"
-    return Row(what, found, MEASURED, step_ms.tolist())
+    return Row(what, f"{found}; {half:.2f} ms in float16", MEASURED, step_ms.tolist())
 
 
 def allreduce(place: Place) -> None:
