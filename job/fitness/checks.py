@@ -370,6 +370,14 @@ def deterministic(environment: Mapping[str, str], wanted: bool) -> Check:
     return Check("deterministic", "ok", f"run.deterministic={str(wanted).lower()}; not tested on a GPU")
 
 
+def dtype(name: str, on_gpus: bool) -> Check:
+    """``name`` is ``model.dtype``."""
+    if name == "float16" and not on_gpus:
+        message = "model.dtype=float16 on a CPU is many times slower than float32, and for tests"
+        return Check("dtype", "warn", message, "leave it out, or train on a GPU")
+    return Check("dtype", "ok", f"model.dtype={name}")
+
+
 def driver(gpus: Gpus) -> Check:
     """The versions are NVIDIA's, see above."""
     version = gpus.cards[0].driver

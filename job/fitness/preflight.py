@@ -28,7 +28,7 @@ def check(config: Config) -> list[Check]:
     on_gpus = bool(gpus.cards) and gpu.status == "ok"
     threads = checks.threads(asked_threads(), ranks, cores())
     compiler = checks.compiler(os.environ.get("NUMBA_DISABLE_JIT"))
-    found = [gpu, checks.cores(ranks, cores()), threads, compiler]
+    found = [gpu, checks.cores(ranks, cores()), threads, compiler, checks.dtype(config.model.dtype, on_gpus)]
     if on_gpus:
         found += [checks.driver(gpus), checks.deterministic(os.environ, config.run.deterministic)]
     if placement().rank == 0:

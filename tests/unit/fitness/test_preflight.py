@@ -135,6 +135,13 @@ def test_a_driver_that_is_old_is_told_and_one_that_is_too_old_is_an_error(node: 
         assert refused.value.exit_code == code
 
 
+def test_float16_is_called_slow_where_there_is_no_gpu(node: Node) -> None:
+    mixed = load_config(overrides=["model.dtype=float16"])
+    assert names(mixed) == ["dtype"]
+    node(gpus=A100, wheel="mxnet-cu112")
+    assert "dtype" not in names(mixed)
+
+
 def test_threads_of_a_site_that_are_not_obeyed_are_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node(ranks=4, cores=8)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
