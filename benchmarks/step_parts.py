@@ -155,6 +155,7 @@ def _train() -> None:
     share_cores()
     import mxnet as mx
 
+    from job import memory
     from job.config import load_config
     from job.data import idx
     from job.data.sampler import Sampler
@@ -168,6 +169,7 @@ def _train() -> None:
     sampler = Sampler(len(dataset.train.labels), BATCH, 0)
     taken, spent = [], defaultdict[tuple[str, str], float](float)
     own_loops(spent)
+    memory.settle()
     for step in range(WARM_UP + STEPS):
         if step == WARM_UP:
             print("warm", flush=True)

@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.intervals import ratio
 from benchmarks.runs import as_ranks
+from job import memory
 from job.config import load_config
 from job.data import idx
 from job.data.dataset import Split
@@ -85,6 +86,7 @@ def measure(
     sampler = Sampler(len(split.labels), global_batch, seed=0)
     own = own_shards(comm.rank, comm.size, shards)
     step_ms = np.empty((WARMUP_TURNS + turns, len(learners)))
+    memory.settle()  # as train() does
     for turn in range(WARMUP_TURNS + turns):
         for which, learner in enumerate(learners):
             comm.barrier()

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 from mxnet import Context
 from mxnet.gluon import HybridBlock
 
-from job import run_dir
+from job import memory, run_dir
 from job.checkpoints.resume import goes_on, open_checkpoints
 from job.checkpoints.state import RunState
 from job.config import Config
@@ -104,6 +104,7 @@ def train(config: Config, comm: Comm) -> HybridBlock:
         on_disk = recorder.on_disk(learner.steps)
         recorder.go_on(stack.enter_context(open_writers(config.run.dir, comm, total_steps, on_disk, subject)))
         profiler = stack.enter_context(Profiler(config, comm, learner))
+        memory.settle()
         batches = sampler.batches(range(learner.steps, total_steps), own, shards, micros)
         for step, batch in learner.ahead(decoded_ahead(dataset.train.images, batches)):
             epoch, index = divmod(step, sampler.steps_per_epoch)

@@ -15,6 +15,7 @@ share_cores()
 import mxnet as mx
 
 from benchmarks.peers.turns import MODE, steps, take_turns
+from job import memory
 from job.config import Config, load_config
 from job.data.sampler import own_shards
 from job.distributed.comm import connect
@@ -40,6 +41,7 @@ def main() -> None:
         shards = config.data.shards
         own = own_shards(comm.rank, comm.size, shards)
         learner = new_learner(config, comm, choose_device("cpu", comm), dataset.about)
+        memory.settle()  # as train() does
 
         def step(number: int) -> None:
             epoch, index = divmod(number, sampler.steps_per_epoch)

@@ -38,7 +38,7 @@ import numpy as np
 from job.distributed.comm import Comm
 from job.errors import PeerLostError
 from job.networks.fused import RELU, RELU_MAX_POOL, can_fuse, passes_for
-from job.networks.kernels import Kept, Passes
+from job.networks.kernels import HostViews, Kept
 from job.networks.operators import side_by_side, write
 from job.networks.queued_batch_norm import Fill, QueuedOp
 from job.networks.queued_passes import Options, queued_passes
@@ -259,12 +259,14 @@ class _HostOp(mx.operator.CustomOp):
         self._saved: Optional[_Statistics] = None
         self._kept: list[Kept] = [None] * shards
         self._answer: Optional[int] = None  # the number of the allreduce of backward; none after inference
+        self._memory = HostViews()
 
     def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
         n = self._shards
         passes = passes_for(self._tail)
-        xs, ys = ([passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_data))
-        gamma, beta = passes.read(in_data[n]), passes.read(in_data[2 * n])
+        xs, ys = self._views("x", in_data[:n]), self._views("y", out_data)
+        running = self._memory("running", aux)
+        gamma, beta = (of.astype(np.float64) for of in self._memory("vectors", [in_data[n], in_data[2 * n]]))
         if self._fix_gamma:
             gamma = np.ones_like(gamma)
 
@@ -272,10 +274,10 @@ class _HostOp(mx.operator.CustomOp):
             rows = np.stack(side_by_side(lambda k: _row(xs[k], *passes.moments(xs[k])), range(n)))
             totals = self._group.total(f"{self._layer}.forward", rows)
             saved = self._statistics(totals[:1] if self._group.whole else totals, gamma)
-            self._update_running(passes, saved, aux)
+            self._update_running(saved, running)
             self._answer = self._group.number_backward(self._layer)
         else:
-            saved = self._given_statistics(passes, aux, gamma)
+            saved = self._given_statistics(running, gamma)
             self._answer = None
         self._saved = saved
 
@@ -303,18 +305,16 @@ class _HostOp(mx.operator.CustomOp):
         n, saved, kept = self._shards, self._saved, self._kept
         assert saved is not None, "MXNet runs a backward after its forward"
         passes = passes_for(self._tail)
-        xs, dys, dxs = (
-            [passes.view(array, self._axis) for array in arrays] for arrays in (in_data[:n], out_grad, in_grad[:n])
-        )
+        xs, dys, dxs = self._views("x", in_data[:n]), self._views("dy", out_grad), self._views("dx", in_grad[:n])
         centers = self._of_each_shard(saved.center)
 
         found = side_by_side(lambda k: passes.products(dys[k], xs[k], kept[k], *centers[k]), range(n))
         dbeta, product = (np.stack(vectors) for vectors in zip(*found))
         product -= (saved.mean - saved.center) * dbeta
         dgamma = np.zeros_like(product) if self._fix_gamma else product * saved.inverse_std
-        for gradient, how, values in zip(in_grad[n:], req[n:], (*dgamma, *dbeta)):
+        for gradient, how, values in zip(self._memory("gradients", in_grad[n:]), req[n:], (*dgamma, *dbeta)):
             if how != "null":
-                passes.write(gradient, values + passes.read(gradient) if how == "add" else values)
+                gradient[:] = values + gradient.astype(np.float64) if how == "add" else values
 
         if self._answer is None:  # the statistics were given, so that nothing flows through them
             b = c = np.zeros_like(dbeta)
@@ -340,8 +340,13 @@ class _HostOp(mx.operator.CustomOp):
         center = mean.astype(self._dtype).astype(np.float64)
         return _Statistics(count, mean, var, center, inverse_std, gamma * inverse_std)
 
-    def _given_statistics(self, passes: Passes, aux: list[Any], gamma: np.ndarray) -> _Statistics:
-        mean, var = (passes.read(array)[None] for array in aux)
+    def _views(self, name: str, arrays: list[Any]) -> list[np.ndarray]:
+        """As the passes take them."""
+        passes = passes_for(self._tail)
+        return [passes.view(memory, self._axis) for memory in self._memory(name, arrays)]
+
+    def _given_statistics(self, running: list[np.ndarray], gamma: np.ndarray) -> _Statistics:
+        mean, var = (of.astype(np.float64)[None] for of in running)
         inverse_std = 1 / np.sqrt(var + self._eps)
         return _Statistics(np.ones((1, 1)), mean, var, mean, inverse_std, gamma * inverse_std)
 
@@ -350,14 +355,14 @@ class _HostOp(mx.operator.CustomOp):
         narrow = [vector.astype(self._dtype) for vector in vectors]
         return [[rows[min(k, len(rows) - 1)] for rows in narrow] for k in range(self._shards)]
 
-    def _update_running(self, passes: Passes, saved: _Statistics, aux: list[Any]) -> None:
+    def _update_running(self, saved: _Statistics, running: list[np.ndarray]) -> None:
         unbiased = self._group.unbiased
         var = saved.var * saved.values / np.maximum(saved.values - 1, 1) if unbiased else saved.var
         if not self._group.whole:
             self._group.moments.setdefault(self._layer, []).append(np.stack([saved.mean, var], axis=1))
             return
-        for running, values in zip(aux, (saved.mean, var)):
-            passes.write(running, self._momentum * passes.read(running) + (1 - self._momentum) * values[0])
+        for of, values in zip(running, (saved.mean, var)):
+            of[:] = self._momentum * of.astype(np.float64) + (1 - self._momentum) * values[0]
 
 
 def _row(x: Any, mean: np.ndarray, m2: np.ndarray) -> np.ndarray:

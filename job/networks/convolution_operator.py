@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 
 from job.networks import convolution
-from job.networks.kernels import host_view
+from job.networks.kernels import HostViews
 from job.networks.operators import side_by_side, write
 
 DIRECT = "direct_convolution"
@@ -84,16 +84,18 @@ class _DirectConvolution(mx.operator.CustomOp):
         self._shards, self._has_bias = shards, has_bias
         self._pad = (pad[0], pad[1])
         self._weight = np.empty(0)  # of the last forward
+        self._memory = HostViews()
 
     def forward(self, is_train: bool, req: list[str], in_data: list[Any], out_data: list[Any], aux: list[Any]) -> None:
         n = self._shards
-        self._weight = host_view(in_data[n]).copy()
-        bias = host_view(in_data[2 * n]) if self._has_bias else np.zeros(len(self._weight), self._weight.dtype)
+        xs, ys = self._memory("x", in_data[:n]), self._memory("y", out_data)
+        self._weight = self._memory.one("weight", 0, in_data[n]).copy()
+        channels = len(self._weight)
+        bias = self._memory.one("bias", 0, in_data[2 * n]) if self._has_bias else np.zeros(channels, xs[0].dtype)
         packed = convolution.pack(self._weight)
 
         def compute(k: int) -> None:
-            x = host_view(in_data[k])
-            write(req[k], host_view(out_data[k]), lambda y: convolution.forward(x, packed, bias, self._pad, y))
+            write(req[k], ys[k], lambda y: convolution.forward(xs[k], packed, bias, self._pad, y))
 
         side_by_side(compute, range(n))
 
@@ -106,14 +108,15 @@ class _DirectConvolution(mx.operator.CustomOp):
         in_grad: list[Any],
         aux: list[Any],
     ) -> None:
-        n, weight, pad = self._shards, self._weight, self._pad
-        turned = convolution.turn(weight)
+        n, pad = self._shards, self._pad
+        xs, dys, gradients = self._memory("x", in_data[:n]), self._memory("dy", out_grad), self._memory("dx", in_grad)
+        turned = convolution.turn(self._weight)
 
         def compute(k: int) -> None:
-            x, dy = host_view(in_data[k]), host_view(out_grad[k])
-            write(req[k], host_view(in_grad[k]), lambda dx: convolution.backward_data(dy, turned, pad, dx))
-            write(req[n + k], host_view(in_grad[n + k]), lambda dw: convolution.backward_weight(dy, x, pad, dw))
+            x, dy = xs[k], dys[k]
+            write(req[k], gradients[k], lambda dx: convolution.backward_data(dy, turned, pad, dx))
+            write(req[n + k], gradients[n + k], lambda dw: convolution.backward_weight(dy, x, pad, dw))
             if self._has_bias:
-                write(req[2 * n + k], host_view(in_grad[2 * n + k]), lambda db: convolution.backward_bias(dy, db))
+                write(req[2 * n + k], gradients[2 * n + k], lambda db: convolution.backward_bias(dy, db))
 
         side_by_side(compute, range(n))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable
 from typing import Optional, Protocol
 
 import mxnet as mx
@@ -27,14 +28,8 @@ Kept = Optional[np.ndarray]
 class Passes(Protocol):
     """What the operator of BatchNorm needs. Arrays are as :meth:`view` returns them."""
 
-    def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
-        """The memory of an array whose channels are on ``axis``, as the passes take it: (N, C, S)."""
-
-    def read(self, array: mx.nd.NDArray) -> Vector:
-        """The values as float64."""
-
-    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
-        """Fill the array."""
+    def view(self, memory: np.ndarray, axis: int) -> np.ndarray:
+        """An array whose channels are on ``axis``, as the passes take it: (N, C, S)."""
 
     def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         """The mean of each channel, and the sum of squared deviations from it."""
@@ -62,15 +57,8 @@ class Passes(Protocol):
 class CpuPasses:
     """One compiled loop a pass, over float32 or float64 arrays in main memory, as numpy sees them."""
 
-    def view(self, array: mx.nd.NDArray, axis: int) -> np.ndarray:
-        memory = host_view(array)
+    def view(self, memory: np.ndarray, axis: int) -> np.ndarray:
         return memory.reshape(flat_shape(memory.shape, axis))
-
-    def read(self, array: mx.nd.NDArray) -> Vector:
-        return host_view(array).astype(np.float64)
-
-    def write(self, array: mx.nd.NDArray, values: Vector) -> None:
-        host_view(array)[...] = values
 
     def moments(self, x: np.ndarray) -> tuple[Vector, Vector]:
         mean, m2 = np.empty(x.shape[1]), np.empty(x.shape[1])
@@ -112,11 +100,37 @@ def host_view(array: mx.nd.NDArray) -> np.ndarray:
 
     Only for arrays on which no operator is pending, as inside a custom operator, and as long as ``array`` lives.
     """
+    shape, dtype = array.shape, np.dtype(array.dtype)
+    memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(_address(array))
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+class HostViews:
+    """:func:`host_view` of arrays that come again in each step: as a rule they are where they were, and so is the view.
+
+    What is asked for by one name has one shape and one type. MXNet needs longer to tell these than to tell the address.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+
+    def __call__(self, name: str, arrays: Iterable[mx.nd.NDArray]) -> list[np.ndarray]:
+        """The memory of arrays, in the order in which they come by this name."""
+        return [self.one(name, place, array) for place, array in enumerate(arrays)]
+
+    def one(self, name: str, place: int, array: mx.nd.NDArray) -> np.ndarray:
+        """The memory of the array that comes by this name at this place."""
+        address = _address(array)
+        known = self._known.get((name, place))
+        if known is None or known[0] != address:
+            known = self._known[name, place] = address, host_view(array)
+        return known[1]
+
+
+def _address(array: mx.nd.NDArray) -> int:
     pointer = ctypes.c_void_p()
     mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
-    shape, dtype = array.shape, np.dtype(array.dtype)
-    memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(pointer.value or 0)
-    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+    return pointer.value or 0
 
 
 # Sums reordered for vector units: in another order than they are written in, but in the same one each time.

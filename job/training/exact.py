@@ -44,10 +44,8 @@ class ExactSum:
 
     def add(self, kind: str, start: int, values: np.ndarray) -> None:
         """Add ``values`` (n,), float32 or float64, to the places from ``start`` on."""
-        stop = start + values.size
-        second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
         counter = self._words * self._size + self._kinds.index(kind)
-        self._integers[counter] += _add(self._integers[start:stop], second, values, self.limit)
+        self._integers[counter] += _add(*self._words_of(start, start + values.size), values, self.limit)
 
     def reduce(self) -> None:
         """Add up what all ranks have added. Waits for them."""
@@ -62,14 +60,20 @@ class ExactSum:
     def read(self, start: int, stop: int) -> np.ndarray:
         """The sums of these places, float64 of shape (stop - start,)."""
         sums = np.empty(stop - start)
-        second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
-        _read(self._integers[start:stop], second, sums)
+        self.write(start, sums)
         return sums
 
+    def write(self, start: int, out: np.ndarray, scale: float = 1.0) -> None:
+        """Fill ``out`` (n,), float32 or float64, with the sums of the places from ``start`` on, times ``scale``."""
+        _write(*self._words_of(start, start + out.size), scale, out)
 
-def sum_of_squares(values: np.ndarray) -> float:
-    """In float64 and in the order of the values (n,), on every machine."""
-    return float(_sum_of_squares(values))
+    def sum_of_squares(self, start: int, stop: int) -> float:
+        """Of the sums of these places: in float64 and in the order of the places, on every machine."""
+        return float(_sum_of_squares(*self._words_of(start, stop)))
+
+    def _words_of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
+        return self._integers[start:stop], second
 
 
 @compiled(reorders_sums=False)
@@ -89,17 +93,16 @@ def _add(first, second, values, limit):  # type: ignore[no-untyped-def]
 
 
 @compiled(reorders_sums=False)
-def _read(first, second, sums):  # type: ignore[no-untyped-def]
-    for i in range(sums.size):
-        if second.size:
-            sums[i] = (np.float64(first[i]) + np.float64(second[i]) / SCALE) / SCALE
-        else:
-            sums[i] = np.float64(first[i]) / SCALE
+def _write(first, second, scale, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        whole = np.float64(first[i]) + np.float64(second[i]) / SCALE if second.size else np.float64(first[i])
+        out[i] = whole / SCALE * scale
 
 
 @compiled(reorders_sums=False)
-def _sum_of_squares(values):  # type: ignore[no-untyped-def]
+def _sum_of_squares(first, second):  # type: ignore[no-untyped-def]
     total = np.float64(0.0)
-    for i in range(values.size):
-        total += np.float64(values[i]) * np.float64(values[i])
+    for i in range(first.size):
+        whole = np.float64(first[i]) + np.float64(second[i]) / SCALE if second.size else np.float64(first[i])
+        total += (whole / SCALE) * (whole / SCALE)
     return total

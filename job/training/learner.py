@@ -20,14 +20,12 @@ from job.networks import convolution, fused, kernels
 from job.networks.batch_norm_operator import Group, tails_for
 from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
-from job.networks.kernels import host_view
 from job.networks.mixed_precision import in_float16
 from job.networks.shards import ShardedNetwork, dropout_mask
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
 from job.training.average import Average
 from job.training.evaluation import Evaluation, evaluate
-from job.training.exact import sum_of_squares
 from job.training.feed import Feed
 from job.training.loss_scale import LossScale
 from job.training.metrics import Meter, Totals
@@ -117,11 +115,13 @@ class Learner:
         tails = tails_for(feed.ctx, dtype) if config.model.fuse_batch_norm else ()
         direct = can_fuse(feed.ctx, dtype) and config.model.direct_convolution
         self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, tails, direct)
-        self._trained = [p for p in parameters.values() if p.name in self._network.gradients]
+        trained = [p for p in parameters.values() if p.name in self._network.gradients]
+        self._weights, self._gradients = [p.data() for p in trained], [p.grad() for p in trained]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())
         self._norms = [] if self._group.whole else self._network.graph.norms  # of statistics that are a shard's own
-        self._sums = self._lay_out(shards)
+        self._sums = self._lay_out([self._network.gradients[p.name] for p in trained], shards)
+        self._shares: dict[float, mx.nd.NDArray] = {}  # by value: one for the batches of an epoch, one for its last
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
         decay = config.train.average_decay
@@ -255,11 +255,15 @@ class Learner:
         """Forward and backward of shards, begun. Of each the sum of its losses, and how many samples are right."""
         with autograd.record():
             outcomes = self._network(feeds)
-        first = outcomes[0][0]
-        scale = self._scale.value if self._scale else 1
-        share = mx.nd.full((1,), scale / global_batch, first.context, first.dtype)
+        share = self._share((self._scale.value if self._scale else 1) / global_batch)
         autograd.backward([losses for losses, _ in outcomes], [share] * len(outcomes))
         return outcomes
+
+    def _share(self, value: float) -> mx.nd.NDArray:
+        """What the sum of losses is multiplied with, (1,)."""
+        if value not in self._shares:
+            self._shares[value] = mx.nd.full((1,), value, self.feed.ctx, self.feed.dtype)
+        return self._shares[value]
 
     def _fed(self, split: Split, shards: Sequence[Shard], step: int) -> Feeds:
         """What the graph takes of the shards in the step that follows ``step`` others."""
@@ -279,8 +283,7 @@ class Learner:
                 feed[dropout.mask] = self._bring(np.asarray(mask, images.dtype))
         return feeds
 
-    def _lay_out(self, shards: int) -> StepSums:
-        gradients = [self._network.gradients[parameter.name] for parameter in self._trained]
+    def _lay_out(self, gradients: Sequence[Sequence[mx.nd.NDArray]], shards: int) -> StepSums:
         channels = [self._parameters[norm.running_mean].data().size for norm in self._norms]
         moments = [2 * number * self._micros for number in channels]
         return StepSums(self.comm, gradients, moments, shards * self._micros, self.feed.dtype)
@@ -296,24 +299,22 @@ class Learner:
         self.stopping = self.stopping or self._sums.stops
 
     def _learn(self, global_batch: int, learning_rate: float, measure: bool) -> None:
-        gradients = self._sums.gradients()
-        self._gradient_norm = math.sqrt(sum(sum_of_squares(gradient) for gradient in gradients))
-        limit = self._clip_norm
+        limit, self._gradient_norm = self._clip_norm, self._sums.gradient_norm
         scale = limit / max(self._gradient_norm, limit) if limit is not None else 1.0
-        for parameter, gradient in zip(self._trained, gradients):
-            _write(parameter.grad(), gradient * scale)
-            parameter.data()._fresh_grad = True  # or the trainer takes it for one that was forgotten
+        self._sums.write_gradients(self._gradients, scale)
+        for weight in self._weights:
+            weight._fresh_grad = True  # or the trainer takes its gradient for one that was forgotten
         self.meter.add(Totals(self._sums.loss * global_batch, self._sums.correct, global_batch))
         self._update_running_statistics()
 
-        weights = [parameter.data().copy() for parameter in self._trained] if measure else []
+        weights = [weight.copy() for weight in self._weights] if measure else []
         self.trainer.set_learning_rate(learning_rate)
         self.trainer.update(1)
         if self.average:
             self.average.update(self.steps - self.skipped)
         self._change = None
         if measure:
-            moved = [parameter.data() - old for parameter, old in zip(self._trained, weights)]
+            moved = [weight - old for weight, old in zip(self._weights, weights)]
             self._change = mx.nd.concat(_squares(moved).sum(), _squares(weights).sum(), dim=0)
 
     def _update_running_statistics(self) -> None:
@@ -359,14 +360,6 @@ class _Inference:
 
 def _inference(net: gluon.HybridBlock) -> _Inference:
     return _Inference(net(mx.sym.var("data")))
-
-
-def _write(array: mx.nd.NDArray, values: np.ndarray) -> None:
-    """Fill an array that nobody is computing or reading with values (n,)."""
-    if array.context.device_type == "cpu":
-        host_view(array).ravel()[:] = values
-    else:
-        array[:] = values.reshape(array.shape)
 
 
 def _squares(arrays: list[mx.nd.NDArray]) -> mx.nd.NDArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mxnet as mx
@@ -9,7 +10,7 @@ import numpy as np
 
 from job.data.sampler import Span
 from job.distributed.comm import Comm
-from job.networks.kernels import host_view
+from job.networks.kernels import HostViews
 from job.training.exact import ExactSum
 
 # In the words of the error about a number that cannot be summed.
@@ -49,6 +50,7 @@ class StepSums:
         )
         # The largest first. They are those of dense layers, which are there while the convolutions are computed.
         self._by_size = sorted(zip(self._gradients, gradients), key=lambda pair: -len(pair[0]))
+        self._memory = HostViews() if gradients[0][0].context.device_type == "cpu" else None
         self._vector = ExactSum(comm, ends[-1], _KINDS, addends, dtype)
         self._scale = 1.0
         self.limit = self._vector.limit  # of the size of a number that can be summed
@@ -72,12 +74,12 @@ class StepSums:
                 right; both (1,).
             global_batch: the number of samples in the batch, over all ranks and micro-batches.
         """
-        for losses, correct in outcomes:
-            self._vector.add(_LOSS, self._loss.start, _values(losses) / global_batch)
-            self._vector.add(_CORRECT, self._correct.start, _values(correct))
+        for shard, (losses, correct) in enumerate(outcomes):
+            self._vector.add(_LOSS, self._loss.start, self._values(_LOSS, shard, losses) / global_batch)
+            self._vector.add(_CORRECT, self._correct.start, self._values(_CORRECT, shard, correct))
         for place, gradients in self._by_size:
-            for gradient in gradients:
-                values = _values(gradient)
+            for shard, gradient in enumerate(gradients):
+                values = self._values(f"gradient {place.start}", shard, gradient)
                 self._vector.add(_GRADIENT, place.start, values / self._scale if self._scale != 1 else values)
 
     def add_moments(self, layer: int, first: int, values: np.ndarray) -> None:
@@ -113,9 +115,20 @@ class StepSums:
         """How many samples of the global batch are classified right."""
         return float(self._read(self._correct)[0])
 
-    def gradients(self) -> list[np.ndarray]:
-        """Of each parameter, (its size,) in float64."""
-        return [self._read(place) for place in self._gradients]
+    @property
+    def gradient_norm(self) -> float:
+        """The L2 norm of all gradients together."""
+        return math.sqrt(sum(self._vector.sum_of_squares(*place) for place in self._gradients))
+
+    def write_gradients(self, arrays: Sequence[mx.nd.NDArray], scale: float) -> None:
+        """Fill an array for each parameter, which nobody computes or reads now, with its gradient times ``scale``."""
+        for number, (place, array) in enumerate(zip(self._gradients, arrays)):
+            if self._memory:
+                self._vector.write(place.start, self._memory.one("sums", number, array).ravel(), scale)
+            else:
+                values = np.empty(array.shape, array.dtype)
+                self._vector.write(place.start, values.ravel(), scale)
+                array[:] = values
 
     def moments(self) -> list[np.ndarray]:
         """Of each BatchNorm whose shards have statistics of their own, the sums over shards, in float64."""
@@ -124,8 +137,7 @@ class StepSums:
     def _read(self, place: Span) -> np.ndarray:
         return self._vector.read(*place)
 
-
-def _values(array: mx.nd.NDArray) -> np.ndarray:
-    """The numbers of an array (n,), when they are there; without a copy on the CPU."""
-    array.wait_to_read()
-    return (host_view(array) if array.context.device_type == "cpu" else array.asnumpy()).ravel()
+    def _values(self, name: str, shard: int, array: mx.nd.NDArray) -> np.ndarray:
+        """The numbers of an array (n,), when they are there; without a copy on the CPU."""
+        array.wait_to_read()
+        return (self._memory.one(name, shard, array) if self._memory else array.asnumpy()).ravel()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.distributed.comm import Comm
-from job.training.exact import LARGEST, ExactSum, sum_of_squares
+from job.training.exact import LARGEST, ExactSum
 
 LIMIT = LARGEST / 64
 KINDS = ("whole", "half")
@@ -102,7 +102,21 @@ def test_a_long_vector_is_summed_in_its_own_places() -> None:
     assert not sums.read(0, 10).any() and not sums.read(17, 1000).any()
 
 
-def test_a_sum_of_squares_is_numpys() -> None:
-    values = np.random.default_rng(0).normal(size=1000)
-    assert sum_of_squares(values) == pytest.approx(float(values @ values), rel=1e-14)
-    assert sum_of_squares(values.astype(np.float32)) == pytest.approx(float(values @ values), rel=1e-6)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_written_is_the_sums_times_a_scale_rounded_once_to_the_arrays_type(dtype: str) -> None:
+    values = np.random.default_rng(0).normal(size=1000).astype(dtype)
+    sums = ExactSum(Comm(), 1000, KINDS, 2, dtype)
+    sums.add("whole", 0, values)
+    for scale in (1.0, 0.3):
+        out = np.empty(900, dtype)
+        sums.write(100, out, scale)
+        np.testing.assert_array_equal(out, (sums.read(100, 1000) * scale).astype(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-10), ("float64", 1e-14)])
+def test_a_sum_of_squares_is_numpys(dtype: str, tolerance: float) -> None:
+    values = np.random.default_rng(0).normal(size=1000).astype(dtype)
+    sums = ExactSum(Comm(), 1000, KINDS, 2, dtype)
+    sums.add("whole", 0, values)
+    exact = values[10:].astype(np.float64)
+    assert sums.sum_of_squares(10, 1000) == pytest.approx(float(exact @ exact), rel=tolerance)

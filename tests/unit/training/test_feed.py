@@ -168,7 +168,7 @@ def events(micros: int, steps: int) -> Sequence[str]:
     """Which input is made, and which gradients are waited for, in this order."""
     found: list[str] = []
     own = learner(dtype="float32", train={"accumulate_steps": micros})
-    sampler, data, make, add = Sampler(60, 12, 3), split(60), own._fed, own._add
+    sampler, data, make, add = Sampler(60, 12, 3), split(60), own._fed, own._sums.add
 
     def fed(split: Split, shards: Any, step: int) -> Any:
         found.append(f"input {step}")
@@ -178,7 +178,7 @@ def events(micros: int, steps: int) -> Sequence[str]:
         found.append(f"wait {own.steps}")
         add(*arguments)
 
-    own._fed, own._add = fed, added  # type: ignore[method-assign]
+    own._fed, own._sums.add = fed, added  # type: ignore[method-assign]
     for _, batch in own.ahead(sampler.batches(range(steps), range(3), 3, micros)):
         own.step(data, batch, 12, 0.1)
     return found
