@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
-    blocked_seconds = 0.0  # that threads of this process have waited in :meth:`sum`, since its start
+    blocked_seconds = 0.0  # that threads of this process have waited for sums, since its start
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -59,6 +59,14 @@ class Comm:
             PeerLostError: another rank has failed.
         """
         return values
+
+    def begin_sum(self, values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
+        """Begin :meth:`sum`, while this rank goes on. What is returned waits for the result, and raises its errors.
+
+        ``values`` must not change until then, and a name is begun again only after that.
+        """
+        total = self.sum(values, name)
+        return lambda: total
 
     def subset(self, ranks: Sequence[int]) -> Comm:
         """A communicator of some of the ranks, for :meth:`sum` and :meth:`allreduce_`. All call this, in one order."""
@@ -153,7 +161,7 @@ class HorovodComm(Comm):
             ]
             self._roll_call.gone()  # so that they are known to answer
             if together:
-                self._shared = meet(self.rank, self.size, partial(self.gather_text, name="shared memory"), self._sum)
+                self._shared = meet(self.rank, self.size, partial(self.gather_text, name="shared memory"), self._begin)
 
     def allreduce_(self, arrays: Sequence[mx.nd.NDArray], name: str, process_set: Any = None) -> None:
         # One group: which arrays Horovod would otherwise fuse depends on timing, and with it the order of summation
@@ -192,22 +200,27 @@ class HorovodComm(Comm):
         return self._subsets[key]
 
     def sum(self, values: np.ndarray, name: str, process_set: Any = None) -> np.ndarray:
-        options = {"process_set": process_set} if process_set else self._options
+        return self.begin_sum(values, name, process_set)()
+
+    def begin_sum(self, values: np.ndarray, name: str, process_set: Any = None) -> Callable[[], np.ndarray]:
+        self._entered += not process_set  # of those that all ranks enter
+        if self._shared and not process_set:
+            return partial(self._finish, self._shared.begin(values, name), name)
+        return partial(self._finish, self._begin(values, name, process_set), name)
+
+    def _finish(self, result: Callable[[], np.ndarray], name: str) -> np.ndarray:
         with self.guard(f"waiting for the other ranks in {name!r}"), peer_errors():
-            self._entered += not process_set  # of those that all ranks enter
             started = time.perf_counter()
-            if self._shared and not process_set:
-                result = self._shared.sum(values, name)
-            else:
-                result = self._sum(values, name, **options)
+            total = result()
             with self._clock:
                 self.blocked_seconds += time.perf_counter() - started
-            return result
+            return total
 
-    def _sum(self, values: np.ndarray, name: str, **options: Any) -> np.ndarray:
+    def _begin(self, values: np.ndarray, name: str, process_set: Any = None) -> Callable[[], np.ndarray]:
+        options = {"process_set": process_set} if process_set else self._options
         total = mx.nd.array(values, ctx=mx.cpu(), dtype=values.dtype)  # inside an operator the default is its device
-        self._hvd.allreduce_(total, average=False, name=name, **(options or self._options))
-        return np.asarray(total.asnumpy())
+        self._hvd.allreduce_(total, average=False, name=name, **options)
+        return lambda: np.asarray(total.asnumpy())
 
     def broadcast_bytes(self, content: bytes, name: str) -> bytes:
         own = len(content) if self.rank == 0 else 0

@@ -40,7 +40,7 @@ class _Timespec(ctypes.Structure):
 
 _LOOK = _Timespec(0, round(_LOOK_SECONDS * 1e9))
 
-Sum = Callable[[np.ndarray, str], np.ndarray]
+Begin = Callable[[np.ndarray, str], Callable[[], np.ndarray]]  # of a sum; what it returns waits for the result
 
 
 class SharedSums:
@@ -50,33 +50,41 @@ class SharedSums:
         file: the memory, as an open file.
         rank: of this process.
         size: the number of ranks.
-        slow: sums over all ranks without shared memory; by it the ranks agree on what lies where.
+        slow: begins a sum over all ranks without shared memory; by it the ranks agree on what lies where.
     """
 
-    def __init__(self, file: int, rank: int, size: int, slow: Sum) -> None:
+    def __init__(self, file: int, rank: int, size: int, slow: Begin) -> None:
         self._file, self._rank, self._size, self._slow = file, rank, size, slow
         self._parts: dict[tuple[str, int], _Part] = {}
         self._allocating = threading.Lock()
         self._end = mmap.PAGESIZE  # of what rank 0 has given out; the first page has the token
         fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # held as long as this process lives
 
-    def sum(self, values: np.ndarray, name: str) -> np.ndarray:
-        """The sum over all ranks of a float64 or int64 array, in the order of ranks. Waits for them.
+    def begin(self, values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
+        """Begin to sum a float64 or int64 array over all ranks, in their order. What is returned waits for the sum.
 
-        Raises:
-            PeerLostError: another rank has ended.
+        A name is begun again only after that. The wait raises :class:`PeerLostError` if another rank has ended.
         """
         if values.nbytes > _LARGEST_BYTES:
             return self._slow(values, name)
         part = self._parts.get((name, values.size))
-        if part is not None:
-            return part.sum(values)
-        # The first sum of a name goes the slow way, and takes along where its numbers are to lie from now on.
+        if part is None:
+            return self._begin_first(values, name)
+        part.write(values)
+        return lambda: part.total().reshape(values.shape)
+
+    def _begin_first(self, values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
+        """The first sum of a name goes the slow way, and takes along where its numbers are to lie from now on."""
         start = self._allocate(values.size) if self._rank == 0 else 0
-        total = self._slow(np.append(values, np.array([start], values.dtype)), name)
-        memory = mmap.mmap(self._file, _Part.length(self._size, values.size), offset=int(total[-1]))
-        self._parts[name, values.size] = _Part(memory, self._rank, self._size, values, self._is_dead)
-        return total[:-1].reshape(values.shape)
+        finish = self._slow(np.append(values, np.array([start], values.dtype)), name)
+
+        def total() -> np.ndarray:
+            both = finish()
+            memory = mmap.mmap(self._file, _Part.length(self._size, values.size), offset=int(both[-1]))
+            self._parts[name, values.size] = _Part(memory, self._rank, self._size, values, self._is_dead)
+            return both[:-1].reshape(values.shape)
+
+        return total
 
     def _allocate(self, numbers: int) -> int:
         with self._allocating:
@@ -116,16 +124,18 @@ class _Part:
         """Bytes that it takes."""
         return size * _LINE + 2 * size * _padded(8 * numbers)
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """See :meth:`SharedSums.sum`."""
+    def write(self, values: np.ndarray) -> None:
+        """Show the others what this rank has."""
         self._done += 1
-        rows = self._numbers[self._done % 2]
-        rows[self._rank] = values.ravel()
+        self._numbers[self._done % 2, self._rank] = values.ravel()
         self._counts[self._rank] = self._done
         _futex(self._addresses[self._rank], _FUTEX_WAKE, _ALL)
-        for peer in range(len(rows)):
+
+    def total(self) -> np.ndarray:
+        """Of what all have written, (n,). Waits for them."""
+        for peer in range(len(self._addresses)):
             self._wait_for(peer)
-        return functools.reduce(np.add, rows).reshape(values.shape)
+        return functools.reduce(np.add, self._numbers[self._done % 2])
 
     def _wait_for(self, peer: int) -> None:
         while (seen := int(self._counts[peer])) < self._done:
@@ -133,7 +143,7 @@ class _Part:
                 raise PeerLostError
 
 
-def meet(rank: int, size: int, tell: Callable[[str], list[str]], slow: Sum) -> Optional[SharedSums]:
+def meet(rank: int, size: int, tell: Callable[[str], list[str]], slow: Begin) -> Optional[SharedSums]:
     """Share memory, if all ranks can; all call this. None if one of them cannot.
 
     Args:
@@ -147,7 +157,7 @@ def meet(rank: int, size: int, tell: Callable[[str], list[str]], slow: Sum) -> O
     where, of_rank_0 = tell(f"/proc/{os.getpid()}/fd/{file} {token.hex()}")[0].split()
     file = file if rank == 0 else _opened(where, of_rank_0)
     fits = file is not None and platform.machine() in _FUTEX
-    if slow(np.array([float(fits)]), "memory is shared")[0] < size or file is None:
+    if slow(np.array([float(fits)]), "memory is shared")()[0] < size or file is None:
         return None
     return SharedSums(file, rank, size, slow)
 

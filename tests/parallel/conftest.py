@@ -7,11 +7,15 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launch.elastic.gang import LocalGang
+from launch.elastic.places import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 HOROVODRUN = Path(sys.executable).with_name("horovodrun")
@@ -30,6 +34,20 @@ def environment() -> dict[str, str]:
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     path = f"{HOROVODRUN.parent}{os.pathsep}{os.environ['PATH']}"  # pytest may have been started without an activate
     return {**os.environ, **as_root, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def exit_codes(script: str, size: int, limit_seconds: float) -> dict[int, int]:
+    """Of each rank that has ended by then, with no launcher that would end those that live."""
+    gang = LocalGang([sys.executable, "-c", script], [Place("", rank) for rank in range(size)], environment())
+    codes: dict[int, int] = {}
+    end = time.monotonic() + limit_seconds
+    try:
+        while not gang.over and time.monotonic() < end:
+            codes.update((ended.rank, ended.code) for ended in gang.ended())
+            time.sleep(0.1)  # between two looks
+    finally:
+        gang.end()
+    return codes
 
 
 def free_port() -> int:

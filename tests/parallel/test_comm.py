@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 import threading
-import time
 from typing import Any
 
 import mxnet as mx
@@ -16,10 +14,8 @@ import pytest
 
 from job.distributed import watchdog
 from job.distributed.comm import Comm, connect
-from launch.elastic.gang import LocalGang
-from launch.elastic.places import Place
 from tests.cuda import stand_in
-from tests.parallel.conftest import environment
+from tests.parallel.conftest import exit_codes
 
 
 def exchanged(comm: Comm) -> Any:
@@ -71,17 +67,7 @@ def wait_on_a_device() -> None:
 def test_a_rank_that_waits_for_its_device_while_another_one_dies_ends_and_names_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    script = "from tests.parallel.test_comm import wait_on_a_device as f; f()"
-    places = [Place("", 0), Place("", 1)]
-    gang = LocalGang([sys.executable, "-c", script], places, environment())  # which leaves those that live alone
-    codes: dict[int, int] = {}
-    end = time.monotonic() + 50
-    try:
-        while not gang.over and time.monotonic() < end:
-            codes.update((ended.rank, ended.code) for ended in gang.ended())
-            time.sleep(0.1)  # between two looks
-    finally:
-        gang.end()
+    codes = exit_codes("from tests.parallel.test_comm import wait_on_a_device as f; f()", 2, limit_seconds=50)
     said = capfd.readouterr().err
     assert codes == {0: 1, 1: -signal.SIGKILL}, said
     assert "error: rank 0: step 7: rank 1 has ended, and this rank would wait for ever" in said
@@ -95,11 +81,20 @@ def rows(rank: int) -> list[np.ndarray]:
 
 def sums(comm: Comm) -> Any:
     shares = getattr(comm, "_shared", None) is not None
-    return shares, [comm.sum(values, f"sum of {values.size}").tobytes() for values in rows(comm.rank)]
+    return shares, [comm.sum(values, f"sum of {values.size}").tobytes() for values in rows(comm.rank)], begun(comm)
+
+
+def begun(comm: Comm) -> list[int]:
+    """Of three sums, the middle one small, which are waited for in another order on rank 0."""
+    values = [np.full(size, 10 * number + comm.rank) for number, size in enumerate((2**20, 3, 2**20))]
+    totals = [comm.begin_sum(each, f"begun.{number}") for number, each in enumerate(values)]
+    found = {number: int(totals[number]()[-1]) for number in (range(3) if comm.rank else range(2, -1, -1))}
+    return [found[number] for number in range(3)]
 
 
 def test_ranks_of_one_machine_sum_through_memory_in_the_order_of_ranks(run_ranks: Any) -> None:
     expected = [functools.reduce(np.add, of_all).tobytes() for of_all in zip(*map(rows, range(3)))]
-    for shares, found in run_ranks(sums, 3):
+    for shares, found, several in run_ranks(sums, 3):
         assert shares
         assert found[1:] == expected[1:], "the first goes through Horovod, whose order is its own"
+        assert several == [3, 33, 63], "begun together, and waited for in any order"

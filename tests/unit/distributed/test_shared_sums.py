@@ -44,9 +44,9 @@ def process(body: Body, rank: int, size: int, hub: Connection, blind: Optional[i
         shared_sums._made = lambda token: None
         shared_sums._opened = lambda where, token: None
 
-    def slow(values: np.ndarray, name: str) -> np.ndarray:
+    def slow(values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
         hub.send(values)
-        return np.asarray(hub.recv())
+        return lambda: np.asarray(hub.recv())
 
     def tell(text: str) -> list[str]:
         hub.send(text)
@@ -98,7 +98,7 @@ def sum_in_turns(sums: SharedSums, rank: int, size: int) -> int:
     wrong = 0
     for number in range(ROUNDS):
         for name in SHAPES:
-            total = sums.sum(given(name, number, rank), name)
+            total = sums.begin(given(name, number, rank), name)()
             wrong += total.tobytes() != expected(name, number, size).tobytes() or total.shape != SHAPES[name]
     return wrong
 
@@ -110,7 +110,7 @@ def test_every_rank_has_the_sum_in_the_order_of_ranks_to_the_bit(size: int) -> N
 
 def sum_ahead(sums: SharedSums, rank: int, size: int) -> list[float]:
     """Three sums. Rank 1 reads the first of them only when rank 0 has begun the second."""
-    sums.sum(np.zeros(1), "numbers")
+    sums.begin(np.zeros(1), "numbers")()
     if rank == 1:
         (part,), add = sums._parts.values(), functools.reduce
 
@@ -121,7 +121,7 @@ def sum_ahead(sums: SharedSums, rank: int, size: int) -> list[float]:
             return add(*arguments)
 
         shared_sums.functools = SimpleNamespace(reduce=late)
-    return [float(sums.sum(np.full(1, 10.0**number), "numbers")[0]) for number in range(3)]
+    return [float(sums.begin(np.full(1, 10.0**number), "numbers")()[0]) for number in range(3)]
 
 
 def test_a_rank_that_is_one_sum_ahead_does_not_disturb_another() -> None:
@@ -130,10 +130,10 @@ def test_a_rank_that_is_one_sum_ahead_does_not_disturb_another() -> None:
 
 def sum_in_threads(sums: SharedSums, rank: int, size: int) -> int:
     for name in SHAPES:  # first here, by one thread, for the hub hears but one at a time
-        sums.sum(given(name, 0, rank), name)
+        sums.begin(given(name, 0, rank), name)()
 
     def all_of(name: str) -> int:
-        totals = [sums.sum(given(name, number, rank), name) for number in range(1, ROUNDS)]
+        totals = [sums.begin(given(name, number, rank), name)() for number in range(1, ROUNDS)]
         return sum(total.tobytes() != expected(name, 1 + i, size).tobytes() for i, total in enumerate(totals))
 
     with ThreadPoolExecutor(len(SHAPES)) as threads:
@@ -144,15 +144,28 @@ def test_names_do_not_wait_for_one_another() -> None:
     assert run(sum_in_threads, 2) == [0, 0]
 
 
+def begin_all_first(sums: SharedSums, rank: int, size: int) -> int:
+    wrong = 0
+    for number in range(ROUNDS):
+        begun = [(name, sums.begin(given(name, number, rank), name)) for name in SHAPES]
+        in_turn = sorted(begun, key=lambda pair: pair[0], reverse=bool(rank)) if number else begun
+        wrong += sum(finish().tobytes() != expected(name, number, size).tobytes() for name, finish in in_turn)
+    return wrong
+
+
+def test_sums_of_several_names_are_begun_before_one_is_waited_for() -> None:
+    assert run(begin_all_first, 2) == [0, 0]
+
+
 def sum_without_the_last(sums: SharedSums, rank: int, size: int) -> str:
-    sums.sum(np.ones(3), "first")
-    sums.sum(np.ones(3), "first")
+    sums.begin(np.ones(3), "first")()
+    sums.begin(np.ones(3), "first")()
     if rank == size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        sums.sum(np.ones(3), "first")
+        sums.begin(np.ones(3), "first")()
     except PeerLostError as error:
-        sums._slow(np.zeros(1), "both that live know")
+        sums._slow(np.zeros(1), "both that live know")()
         return str(error)
     return "it returned"
 
@@ -166,14 +179,14 @@ def slow_sums(sums: SharedSums, rank: int, size: int) -> tuple[list[str], bool]:
     """Which sums went the slow way, and whether all were right."""
     whole, asked = sums._slow, []
 
-    def counted(values: np.ndarray, name: str) -> np.ndarray:
+    def counted(values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
         asked.append(name)
         return whole(values, name)
 
     sums._slow = counted
     large = np.ones(shared_sums._LARGEST_BYTES // 8 + 1)
     values = [(np.ones(5), "a"), (np.ones(5), "a"), (np.ones(6), "a"), (np.ones(5), "b"), (np.ones(5), "a")]
-    right = [bool((sums.sum(v, name) == size).all()) for v, name in [*values, (large, "c"), (large, "c")]]
+    right = [bool((sums.begin(v, name)() == size).all()) for v, name in [*values, (large, "c"), (large, "c")]]
     return asked, all(right)
 
 
