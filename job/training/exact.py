@@ -34,7 +34,7 @@ class ExactSum:
         self._name = comm.fresh_name("exact sum")
         self.limit = LARGEST / addends
         self._kinds = kinds
-        self._words = 2 if dtype == "float64" else 1
+        self._words = words(dtype)
         self._size = size
         self._integers = np.zeros(self._words * size + len(kinds), np.int64)
 
@@ -47,9 +47,13 @@ class ExactSum:
         counter = self._words * self._size + self._kinds.index(kind)
         self._integers[counter] += _add(*self._words_of(start, start + values.size), values, self.limit)
 
-    def reduce(self) -> None:
-        """Add up what all ranks have added. Waits for them."""
-        self._integers = self._comm.sum(self._integers, self._name)
+    def begin(self) -> None:
+        """Begin to add up what all ranks have added. Nothing is added or read before :meth:`finish`."""
+        self._total = self._comm.begin_sum(self._integers, self._name)
+
+    def finish(self) -> None:
+        """Wait for the others, and for the sum that was begun."""
+        self._integers = self._total()
 
     @property
     def refused(self) -> dict[str, int]:
@@ -74,6 +78,11 @@ class ExactSum:
     def _words_of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         second = self._integers[self._size + start : self._size + stop] if self._words == 2 else self._integers[:0]
         return self._integers[start:stop], second
+
+
+def words(dtype: str) -> int:
+    """How many int64 numbers hold a sum of numbers of this type."""
+    return 2 if dtype == "float64" else 1
 
 
 @compiled(reorders_sums=False)

@@ -155,7 +155,7 @@ class Learner:
         for number, shards in enumerate(micros):
             outcomes = self._backward(self._input(split, shards), global_batch)
             self._look_ahead(split, micros[number + 1 :])  # while that is computed
-            self._sums.add(outcomes, global_batch)
+            self._sums.add(outcomes, global_batch, last=number + 1 == len(micros))
         self._reduce(sum(len(shard.samples) for shards in micros for shard in shards))
         self.steps += 1
         refused = self._sums.refused

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mxnet as mx
 import numpy as np
 
-from job.data.sampler import Span
 from job.distributed.comm import Comm
 from job.networks.kernels import HostViews
-from job.training.exact import ExactSum
+from job.training.exact import ExactSum, words
 
 # In the words of the error about a number that cannot be summed.
 _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
@@ -20,18 +20,34 @@ _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
     "the number of right answers",
     "a mean or variance of BatchNorm",
 )
+_VOTES_PLACE, _LOSS_PLACE, _CORRECT_PLACE, _MOMENTS_PLACE = range(4)  # in the last vector
+BUCKET_BYTES = 2**23
+
+
+class _Place(NamedTuple):
+    """Where the gradient of a parameter is summed."""
+
+    vector: ExactSum
+    start: int
+    stop: int
 
 
 class StepSums:
-    """The sums of a step, in one vector that is summed over ranks at once, and exactly: in no order.
+    """The sums of a step, exact: in no order.
+
+    The gradients of a large network are summed in buckets (Li et al., 2020, "PyTorch Distributed"). Backward computes
+    those of the last layers first; ranks sum them while it goes on with the layers before. The last bucket has the
+    first layers, and all that is no gradient.
 
     Args:
         comm: the ranks.
-        gradients: of each parameter the arrays that backward fills, one for each shard of this rank.
+        gradients: of each parameter, in the order of the network, the arrays that backward fills: one for each shard of
+            this rank.
         moments: of each BatchNorm whose shards have statistics of their own, how many numbers these are in a step.
         addends: how many numbers are added to each place at most: the shards of a step, over all ranks and
             micro-batches.
         dtype: float32 or float64, of the gradients.
+        bucket_bytes: the least that a bucket has.
     """
 
     def __init__(
@@ -41,19 +57,27 @@ class StepSums:
         moments: Sequence[int],
         addends: int,
         dtype: str,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        ends = np.cumsum([0, *(arrays[0].size for arrays in gradients), 1, 1, 1, *moments]).tolist()
-        spans = [Span(start, stop) for start, stop in zip(ends, ends[1:])]
-        self._gradients, (self._votes, self._loss, self._correct, *self._moments) = (
-            spans[: len(gradients)],
-            spans[len(gradients) :],
-        )
-        # The largest first. They are those of dense layers, which are there while the convolutions are computed.
-        self._by_size = sorted(zip(self._gradients, gradients), key=lambda pair: -len(pair[0]))
+        self._arrays = gradients
         self._memory = HostViews() if gradients[0][0].context.device_type == "cpu" else None
-        self._vector = ExactSum(comm, ends[-1], _KINDS, addends, dtype)
+        ends = np.cumsum([_MOMENTS_PLACE, *moments]).tolist()
+        self._moments = list(zip(ends, ends[1:]))
+        sizes = [arrays[0].size for arrays in gradients]
+        buckets = cut(sizes, bucket_bytes // (8 * words(dtype)))
+        places: dict[int, _Place] = {}
+        self._buckets: list[tuple[ExactSum, list[int]]] = []
+        for bucket in buckets:
+            start = ends[-1] if bucket is buckets[-1] else 0
+            stops = np.cumsum([start, *(sizes[number] for number in bucket)]).tolist()
+            vector = ExactSum(comm, stops[-1], _KINDS, addends, dtype)
+            places.update({number: _Place(vector, *span) for number, *span in zip(bucket, stops, stops[1:])})
+            # The largest first. They are those of dense layers, which are there while the convolutions are computed.
+            self._buckets.append((vector, sorted(bucket, key=lambda number: -sizes[number])))
+        self._last = self._buckets[-1][0]
+        self._places = [places[number] for number in range(len(sizes))]
         self._scale = 1.0
-        self.limit = self._vector.limit  # of the size of a number that can be summed
+        self.limit = self._last.limit  # of the size of a number that can be summed
 
     def start(self, stop: bool, scale: float = 1.0) -> None:
         """A step begins.
@@ -63,37 +87,43 @@ class StepSums:
             scale: of the loss that gradients are of, a power of two. They are summed without it.
         """
         self._scale = scale
-        self._vector.clear()
-        self._vector.add(_LOSS, self._votes.start, np.array([float(stop)]))
+        for vector, _ in self._buckets:
+            vector.clear()
+        self._last.add(_LOSS, _VOTES_PLACE, np.array([float(stop)]))
 
-    def add(self, outcomes: Sequence[Sequence[mx.nd.NDArray]], global_batch: int) -> None:
+    def add(self, outcomes: Sequence[Sequence[mx.nd.NDArray]], global_batch: int, last: bool) -> None:
         """Add what a micro-batch has given, as soon as it is there.
 
         Args:
             outcomes: of each of this rank's shards the sum of its samples' losses, and how many of them are classified
                 right; both (1,).
             global_batch: the number of samples in the batch, over all ranks and micro-batches.
+            last: whether no other micro-batch follows.
         """
         for shard, (losses, correct) in enumerate(outcomes):
-            self._vector.add(_LOSS, self._loss.start, self._values(_LOSS, shard, losses) / global_batch)
-            self._vector.add(_CORRECT, self._correct.start, self._values(_CORRECT, shard, correct))
-        for place, gradients in self._by_size:
-            for shard, gradient in enumerate(gradients):
-                values = self._values(f"gradient {place.start}", shard, gradient)
-                self._vector.add(_GRADIENT, place.start, values / self._scale if self._scale != 1 else values)
+            self._last.add(_LOSS, _LOSS_PLACE, self._values(_LOSS, shard, losses) / global_batch)
+            self._last.add(_CORRECT, _CORRECT_PLACE, self._values(_CORRECT, shard, correct))
+        for vector, numbers in self._buckets:
+            for number in numbers:
+                self._add_gradient(number)
+            if last and vector is not self._last:
+                vector.begin()
 
     def add_moments(self, layer: int, first: int, values: np.ndarray) -> None:
         """Add ``values`` (n,) of a shard to the moments of a BatchNorm, from their place ``first`` on."""
-        self._vector.add(_MOMENTS, self._moments[layer].start + first, values)
+        self._last.add(_MOMENTS, self._moments[layer][0] + first, values)
 
     def reduce(self) -> None:
         """Add up what all ranks have added. Waits for them."""
-        self._vector.reduce()
+        self._last.begin()
+        for vector, _ in self._buckets:
+            vector.finish()
 
     @property
     def refused(self) -> dict[str, int]:
         """What could not be summed, in words, and how many numbers of it: not finite, or larger than ``limit``."""
-        return self._vector.refused
+        counts = {kind: sum(vector.refused.get(kind, 0) for vector, _ in self._buckets) for kind in _KINDS}
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def overflowed(self) -> bool:
@@ -103,41 +133,69 @@ class StepSums:
     @property
     def stops(self) -> bool:
         """Whether a rank has voted to end the run."""
-        return self._read(self._votes)[0] > 0
+        return self._number(_VOTES_PLACE) > 0
 
     @property
     def loss(self) -> float:
         """The mean over the samples of the global batch."""
-        return float(self._read(self._loss)[0])
+        return self._number(_LOSS_PLACE)
 
     @property
     def correct(self) -> float:
         """How many samples of the global batch are classified right."""
-        return float(self._read(self._correct)[0])
+        return self._number(_CORRECT_PLACE)
 
     @property
     def gradient_norm(self) -> float:
         """The L2 norm of all gradients together."""
-        return math.sqrt(sum(self._vector.sum_of_squares(*place) for place in self._gradients))
+        return math.sqrt(sum(vector.sum_of_squares(start, stop) for vector, start, stop in self._places))
 
     def write_gradients(self, arrays: Sequence[mx.nd.NDArray], scale: float) -> None:
         """Fill an array for each parameter, which nobody computes or reads now, with its gradient times ``scale``."""
-        for number, (place, array) in enumerate(zip(self._gradients, arrays)):
+        for number, (place, array) in enumerate(zip(self._places, arrays)):
             if self._memory:
-                self._vector.write(place.start, self._memory.one("sums", number, array).ravel(), scale)
+                place.vector.write(place.start, self._memory.one("sums", number, array).ravel(), scale)
             else:
                 values = np.empty(array.shape, array.dtype)
-                self._vector.write(place.start, values.ravel(), scale)
+                place.vector.write(place.start, values.ravel(), scale)
                 array[:] = values
 
     def moments(self) -> list[np.ndarray]:
         """Of each BatchNorm whose shards have statistics of their own, the sums over shards, in float64."""
-        return [self._read(place) for place in self._moments]
+        return [self._last.read(*place) for place in self._moments]
 
-    def _read(self, place: Span) -> np.ndarray:
-        return self._vector.read(*place)
+    def _number(self, place: int) -> float:
+        return float(self._last.read(place, place + 1)[0])
+
+    def _add_gradient(self, number: int) -> None:
+        """Wait for the gradients of a parameter of this rank's shards, and add them."""
+        place = self._places[number]
+        for shard, gradient in enumerate(self._arrays[number]):
+            values = self._values(f"gradient {number}", shard, gradient)
+            place.vector.add(_GRADIENT, place.start, values / self._scale if self._scale != 1 else values)
 
     def _values(self, name: str, shard: int, array: mx.nd.NDArray) -> np.ndarray:
         """The numbers of an array (n,), when they are there; without a copy on the CPU."""
         array.wait_to_read()
         return (self._memory.one(name, shard, array) if self._memory else array.asnumpy()).ravel()
+
+
+def cut(sizes: Sequence[int], least: int) -> list[list[int]]:
+    """Cut the parameters, from the last one to the first, into buckets of ``least`` numbers or more, but none if less.
+
+    Args:
+        sizes: of each parameter, in the order of the network.
+        least: how many numbers are worth a sum over ranks of their own.
+
+    Returns:
+        The numbers of the parameters in each bucket.
+    """
+    buckets: list[list[int]] = [[]]
+    inside, left = 0, sum(sizes)
+    for number in reversed(range(len(sizes))):
+        buckets[-1].append(number)
+        inside, left = inside + sizes[number], left - sizes[number]
+        if inside >= least and left >= least:
+            buckets.append([])
+            inside = 0
+    return buckets

@@ -44,7 +44,8 @@ def on_one_rank(numbers: Sequence[float], dtype: str, others: Sequence[np.ndarra
     for number in numbers:
         sums.add("whole", 0, np.array([number], dtype))
         sums.add("half", 1, np.array([number / 2], dtype))
-    sums.reduce()
+    sums.begin()
+    sums.finish()
     return sums, comm
 
 
@@ -97,7 +98,8 @@ def test_a_long_vector_is_summed_in_its_own_places() -> None:
     sums = ExactSum(Comm(), 1000, KINDS, 2, "float32")
     sums.add("whole", 10, np.arange(5, dtype=np.float32))
     sums.add("whole", 12, np.arange(5, dtype=np.float32))
-    sums.reduce()
+    sums.begin()
+    sums.finish()
     assert sums.read(8, 19).tolist() == [0, 0, 0, 1, 2, 4, 6, 3, 4, 0, 0]
     assert not sums.read(0, 10).any() and not sums.read(17, 1000).any()
 
