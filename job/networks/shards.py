@@ -19,6 +19,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
+from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks.batch_norm_operator import Group
 from job.networks.convolution_operator import DIRECT, is_better_direct
@@ -63,21 +64,26 @@ def shard(name: str, index: int) -> str:
 
 
 def write_sharded(
-    symbol: mx.sym.Symbol, count: int, group: Group, tails: Collection[str] = (), direct: bool = False
+    symbol: mx.sym.Symbol,
+    count: int,
+    group: Group,
+    tails: Collection[str] = (),
+    direct: bool = False,
+    trains: bool = True,
 ) -> Graph:
     """Write ``symbol`` for ``count`` shards.
 
     Every argument ``x`` becomes ``x@0`` to ``x@{count - 1}``; auxiliary states, the running statistics, stay one. What
     is in ``tails``, ReLU and max pooling behind a BatchNorm (:mod:`job.networks.fused`), becomes part of its operator
     where nothing else reads what lies between. With ``direct``, convolutions that loops of our own compute sooner are
-    one operator for all shards (:mod:`job.networks.convolution`).
+    one operator for all shards (:mod:`job.networks.convolution`). A graph that no longer ``trains`` has no masks.
 
     Raises:
         UsageError: the graph holds an operator that cannot be computed shard by shard with the same bits.
     """
     traced = json.loads(symbol.tojson(remove_amp_cast=False))
     found = _tails(traced["nodes"], traced["heads"], tails)
-    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), found, direct)
+    writer = _Writer(traced["nodes"], count, group, set(symbol.list_auxiliary_states()), found, direct, trains)
     for index in range(len(traced["nodes"])):
         writer.write(index)
     return writer.graph(traced["heads"], traced["attrs"])
@@ -145,6 +151,7 @@ class _Writer:
         states: set[str],
         tails: dict[int, _Tail],
         direct: bool,
+        trains: bool,
     ) -> None:
         self._nodes = nodes
         self._count = count
@@ -152,6 +159,7 @@ class _Writer:
         self._states = states
         self._tails = tails
         self._direct = direct
+        self._trains = trains
         self._absorbed = {member for tail in tails.values() for member in tail.nodes}
         self._written: list[dict[str, Any]] = []
         self._places: dict[tuple[int, int], tuple[int, int]] = {}  # (node, shard) -> (written node, its first output)
@@ -166,7 +174,7 @@ class _Writer:
             return
         if operator in _BATCH_NORMS and attributes.get("use_global_stats", "False") not in ("True", "1"):
             self._batch_norm(index, node)
-        elif operator == "Dropout":
+        elif operator == "Dropout" and self._trains:
             self._dropout(index, node)
         elif self._direct and is_better_direct(node):
             self._convolution(index, node)
@@ -289,7 +297,7 @@ class ShardedNetwork:
         self._order = self.graph.symbol.list_inputs()
         masks = [dropout.mask for dropout in self.graph.dropouts]
         fed = {shard(name, k) for name in (*inputs, *masks) for k in range(self.count)}
-        self._op = self._compile(fed)
+        self._op = _compile(self.graph.symbol, fed)
         self._arrays, self.gradients = self._weights()
         self._mask_shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
 
@@ -322,14 +330,6 @@ class ShardedNetwork:
             known.update({shard(dropout.mask, k): found[-1] for k in range(self.count)})
         return found
 
-    def _compile(self, fed: set[str]) -> mx.nd.CachedOp:
-        # An input that is in neither list would make all that read it run outside the static plan, where MXNet hands
-        # custom operators memory that is already freed.
-        data = [index for index, name in enumerate(self._order) if name in fed]
-        parameters = [index for index, name in enumerate(self._order) if name not in fed]
-        flags = [("data_indices", data), ("param_indices", parameters), ("static_alloc", True), ("static_shape", True)]
-        return mx.nd.CachedOp(self.graph.symbol, flags)
-
     def _weights(self) -> tuple[dict[str, mx.nd.NDArray], dict[str, list[mx.nd.NDArray]]]:
         """Each parameter once a shard: an array that shares its memory and has a gradient of its own."""
         arrays: dict[str, mx.nd.NDArray] = {}
@@ -345,6 +345,47 @@ class ShardedNetwork:
                     arrays[shard(name, k)] = alias
                     gradients.setdefault(name, []).append(gradient)
         return arrays, gradients
+
+
+class Inference:
+    """A network that no longer trains, in the operators of the training graph.
+
+    Args:
+        symbol: its output, of an argument ``data``.
+        tails: see :func:`write_sharded`.
+        direct: see there.
+    """
+
+    def __init__(self, symbol: mx.sym.Symbol, tails: Collection[str] = (), direct: bool = False) -> None:
+        alone = Group(Comm(), range(1), 1)
+        written = write_sharded(symbol, 1, alone, tails, direct, trains=False).symbol
+        self._order = [name.partition("@")[0] for name in written.list_inputs()]
+        self._op = _compile(written, {shard("data", 0)})
+        # Of its own: inference on a CPU reorders weights where they lie, into a layout of its own.
+        self._weights: dict[str, mx.nd.NDArray] = {}
+
+    def load(self, weights: Mapping[str, mx.nd.NDArray]) -> None:
+        """Take weights and running statistics, by the names of their parameters."""
+        for name, array in weights.items():
+            if name in self._weights:
+                array.copyto(self._weights[name])
+            else:
+                self._weights[name] = array.copy()
+
+    def __call__(self, images: mx.nd.NDArray) -> mx.nd.NDArray:
+        """The output for images."""
+        return self._op(*(images if name == "data" else self._weights[name] for name in self._order))
+
+
+def _compile(symbol: mx.sym.Symbol, fed: Collection[str]) -> mx.nd.CachedOp:
+    """An operator of the whole graph, of which other arrays come at each call for the inputs that are ``fed``."""
+    # An input that is in neither list would make all that read it run outside the static plan, where MXNet hands
+    # custom operators memory that is already freed.
+    order = symbol.list_inputs()
+    data = [index for index, name in enumerate(order) if name in fed]
+    parameters = [index for index, name in enumerate(order) if name not in fed]
+    flags = [("data_indices", data), ("param_indices", parameters), ("static_alloc", True), ("static_shape", True)]
+    return mx.nd.CachedOp(symbol, flags)
 
 
 def dropout_mask(dropout: Dropout, shape: tuple[int, ...], first: int, seed: int, step: int, layer: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Optional
 
@@ -11,7 +11,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
-from job.config import Config, OptimizerConfig
+from job.config import Config, ModelConfig, OptimizerConfig
 from job.data.dataset import Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
@@ -21,7 +21,7 @@ from job.networks.batch_norm_operator import Group, tails_for
 from job.networks.compiled import load_kept
 from job.networks.fused import can_fuse
 from job.networks.mixed_precision import in_float16
-from job.networks.shards import ShardedNetwork, dropout_mask
+from job.networks.shards import Inference, ShardedNetwork, dropout_mask
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
 from job.training.average import Average
@@ -104,7 +104,6 @@ class Learner:
         comm.broadcast_([parameter.data() for parameter in parameters.values()], comm.fresh_name("parameters"))
         # The gradients are those of the global batch's mean, so the trainer neither communicates nor rescales.
         self.trainer = gluon.Trainer(parameters, *optimizer_options(config.optimizer), kvstore=None)
-        self._inference = _inference(net)
         shards = config.data.shards
         own, model = own_shards(comm.rank, comm.size, shards), config.model
         self._group = Group(comm, own, shards, model.shards_of_statistics, model.unbiased_variance)
@@ -112,9 +111,8 @@ class Learner:
         logits = net(mx.sym.var("data"))
         objective = _objective(in_float16(logits, feed.ctx) if self._scale else logits, config.train.label_smoothing)
         dtype = "float16" if self._scale else feed.dtype  # of activations
-        tails = tails_for(feed.ctx, dtype) if config.model.fuse_batch_norm else ()
-        direct = can_fuse(feed.ctx, dtype) and config.model.direct_convolution
-        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, tails, direct)
+        self._network = ShardedNetwork(net, objective, ("data", "label"), self._group, *_own_loops(model, feed, dtype))
+        self._inference = Inference(logits, *_own_loops(model, feed, feed.dtype))
         trained = [p for p in parameters.values() if p.name in self._network.gradients]
         self._weights, self._gradients = [p.data() for p in trained], [p.grad() for p in trained]
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
@@ -216,14 +214,12 @@ class Learner:
         samples = Span(0, len(split.labels))
         total = -(-len(samples) // chunk)
         own = own_shards(self.comm.rank, self.comm.size, total)
-        # Of copies: inference on a CPU reorders weights where they lie, into a layout of its own.
-        weights = weights or {name: parameter.data() for name, parameter in self._parameters.items()}
-        weights = {name: array.copy() for name, array in weights.items()}
+        self._inference.load(weights or {name: parameter.data() for name, parameter in self._parameters.items()})
         outcomes = []
         for number in own:
             span = samples.part(number, total)
             images, labels = self.feed(split, slice(*span))
-            logits = self._inference(images, weights)
+            logits = self._inference(images)
             outcomes.append((span.start, mx.nd.stack(cross_entropy(logits, labels), logits.argmax(axis=1))))
         chunks = [(first, *rows.asnumpy()) for first, rows in outcomes]  # waited for at the end
         return evaluate(self.comm, split.labels, own, chunks, total, len(self.feed.about.classes))
@@ -339,27 +335,18 @@ class Learner:
         self.skipped += 1
 
 
+def _own_loops(model: ModelConfig, feed: Feed, dtype: str) -> tuple[Collection[str], bool]:
+    """What :func:`job.networks.shards.write_sharded` takes loops of our own for, if activations have that type."""
+    tails = tails_for(feed.ctx, dtype) if model.fuse_batch_norm else ()
+    return tails, can_fuse(feed.ctx, dtype) and model.direct_convolution
+
+
 def _objective(logits: mx.sym.Symbol, smoothing: float) -> mx.sym.Symbol:
     """Of a shard: the sum of its samples' losses, and how many of them are classified right."""
     labels = mx.sym.var("label")
     losses = cross_entropy(logits, labels, smoothing)
     correct = mx.sym.BlockGrad(mx.sym.argmax(logits, axis=1) == labels)
     return mx.sym.Group([losses.sum(), correct.sum()])
-
-
-class _Inference:
-    """The user's network as it is, for inference with given weights."""
-
-    def __init__(self, symbol: mx.sym.Symbol) -> None:
-        self._order = symbol.list_inputs()
-        self._op = mx.nd.CachedOp(symbol)
-
-    def __call__(self, images: mx.nd.NDArray, weights: dict[str, mx.nd.NDArray]) -> mx.nd.NDArray:
-        return self._op(*(images if name == "data" else weights[name] for name in self._order))
-
-
-def _inference(net: gluon.HybridBlock) -> _Inference:
-    return _Inference(net(mx.sym.var("data")))
 
 
 def _squares(arrays: list[mx.nd.NDArray]) -> mx.nd.NDArray:

@@ -16,7 +16,7 @@ from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks.batch_norm_operator import Group
 from job.networks.fused import RELU, RELU_MAX_POOL
-from job.networks.shards import Dropout, ShardedNetwork, dropout_mask, write_sharded
+from job.networks.shards import Dropout, Inference, ShardedNetwork, dropout_mask, write_sharded
 
 SHARDS = 3
 SIZES = (3, 2, 2)
@@ -216,6 +216,34 @@ class ReadTwice(gluon.HybridBlock):
 )
 def test_what_others_read_stays_an_operator_of_its_own(which: str, expected: list[str]) -> None:
     assert sorted(fused(ReadTwice(which))) == sorted(expected)
+
+
+def with_dropout(networks: Any) -> dict[str, Any]:
+    def of(make: Any) -> Any:
+        return lambda: sequential(make(), nn.Dropout(0.5), nn.Dense(3))
+
+    return {name: of(make) for name, make in networks.items() if name != "two outputs"}
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["mxnet's operators", "own loops"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("name", with_dropout(NETWORKS))
+def test_a_network_that_no_longer_trains_gives_what_mxnet_gives(
+    name: str, dtype: str, tolerance: float, direct: bool
+) -> None:
+    net, oracle = build(name, dtype, with_dropout(NETWORKS)), build(name, "float64", with_dropout(ORACLES))
+    inference = Inference(net(mx.sym.var("data")), TAILS if direct else (), direct)
+    for turn, images in enumerate((batch(), batch()[:3], batch())):  # other shapes and other weights each time
+        for of in (net, oracle):
+            random = np.random.default_rng(turn)
+            for parameter in of.collect_params().values():
+                if parameter.grad_req == "null" or parameter.name.endswith("gamma"):
+                    parameter.set_data(mx.nd.array(random.uniform(0.5, 2, parameter.shape), dtype=parameter.dtype))
+        inference.load({name: parameter.data() for name, parameter in net.collect_params().items()})
+        got = [inference(mx.nd.array(images, dtype=dtype)) for _ in range(2)]
+        expected = oracle(mx.nd.array(images, dtype="float64")).asnumpy()
+        for output in got:
+            np.testing.assert_allclose(output.asnumpy(), expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 def test_the_same_graph_twice_gives_the_same_bits() -> None:
