@@ -472,6 +472,9 @@ class TrainConfig(Section):
     accumulate_steps: int = Field(1, ge=1, description="parts of a global batch, computed one after another")
     clip_gradient_norm: Optional[float] = Field(None, gt=0, description="largest L2 norm of the whole gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
+    fp16_allreduce: bool = Field(
+        False, description="sum gradients in float16: a quarter of the bytes; bits depend on the ranks"
+    )
     average_decay: Optional[float] = Field(
         None, gt=0, lt=1, description="of the moving average of the weights, such as 0.999; null: none is kept"
     )
@@ -508,6 +511,11 @@ class Config(Section):
             raise ValueError(
                 "optimizer.scale_learning_rate is for data.batch_per_rank; with data.global_batch the number of ranks"
                 " changes nothing, so there is nothing to scale"
+            )
+        if self.train.fp16_allreduce and self.model.dtype != "float16":
+            raise ValueError(
+                "train.fp16_allreduce=true needs model.dtype=float16, whose loss scale keeps small gradients from"
+                " becoming 0 in float16"
             )
         if self.schedule.warmup_epochs >= self.train.epochs:
             raise ValueError("schedule.warmup_epochs must be less than train.epochs")

@@ -80,6 +80,8 @@ def new_learner(config: Config, comm: Comm, ctx: Context, about: Description) ->
     models.initialize(net, ctx, config.model.weights_dtype, about.shape)
     if comm.rank == 0 and config.model.weights and not goes_on(config):  # the others receive what rank 0 has
         print(f"model.weights={config.model.weights}: {weights.load(net, config.model.weights)}", flush=True)
+    if comm.rank == 0 and config.train.fp16_allreduce:
+        print(f"train.fp16_allreduce=true: another number of ranks than {comm.size} gives other bits", flush=True)
     return Learner(net, comm, Feed(ctx, config.model.weights_dtype, about), config)
 
 

@@ -43,6 +43,8 @@ def identity(config: Config, ranks: int, digests: Mapping[str, str]) -> dict[str
     values = config.model_dump(mode="json")
     values["data"]["global_batch"] = config.data.global_batch_of(ranks)
     values["data"]["sha256"] = dict(digests)
+    if config.train.fp16_allreduce:
+        values["train"]["fp16_allreduce"] = f"on {ranks} ranks"  # on others it comes to other bits
     return {key: _value(values, key) for key, _ in fields()}
 
 

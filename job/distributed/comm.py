@@ -53,7 +53,7 @@ class Comm:
         """Replace each array by that of rank 0. Asynchronous."""
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
-        """The sum over all ranks of a float64 or int64 array, bit for bit the same on every rank. Waits for it.
+        """The sum over all ranks of a float64, int64 or float16 array, bit for bit the same on all. Waits for it.
 
         Raises:
             PeerLostError: another rank has failed.

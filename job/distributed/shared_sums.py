@@ -63,9 +63,11 @@ class SharedSums:
     def begin(self, values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
         """Begin to sum a float64 or int64 array over all ranks, in their order. What is returned waits for the sum.
 
+        Those of float16 go the slow way.
+
         A name is begun again only after that. The wait raises :class:`PeerLostError` if another rank has ended.
         """
-        if values.nbytes > _LARGEST_BYTES:
+        if values.nbytes > _LARGEST_BYTES or values.dtype == np.float16:  # which cannot say where it is to lie
             return self._slow(values, name)
         part = self._parts.get((name, values.size))
         if part is None:

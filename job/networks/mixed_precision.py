@@ -45,7 +45,7 @@ def in_float16(symbol: mx.sym.Symbol, ctx: mx.Context) -> mx.sym.Symbol:
         ],
     }
     try:
-        mixed = amp.convert_symbol(symbol, "float16", data_names=symbol.list_inputs(), **lists)
+        mixed = amp.convert_symbol(symbol, "float16", **lists)
         types = output_types(mixed)
     except mx.MXNetError as error:
         raise UsageError(f"model.dtype=float16 cannot be had for this network: {said(error)}") from None

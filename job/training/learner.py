@@ -118,7 +118,9 @@ class Learner:
         self._statistics = [p.data() for p in parameters.values() if p.grad_req == "null"]
         self._parameters = dict(parameters.items())
         self._norms = [] if self._group.whole else self._network.graph.norms  # of statistics that are a shard's own
-        self._sums = self._lay_out([self._network.gradients[p.name] for p in trained], shards)
+        self._sums = self._lay_out(
+            [self._network.gradients[p.name] for p in trained], shards, config.train.fp16_allreduce
+        )
         self._shares: dict[float, mx.nd.NDArray] = {}  # by value: one for the batches of an epoch, one for its last
         self._gradient_norm = math.nan
         self._change: mx.nd.NDArray | None = None
@@ -279,10 +281,10 @@ class Learner:
                 feed[dropout.mask] = self._bring(np.asarray(mask, images.dtype))
         return feeds
 
-    def _lay_out(self, gradients: Sequence[Sequence[mx.nd.NDArray]], shards: int) -> StepSums:
+    def _lay_out(self, gradients: Sequence[Sequence[mx.nd.NDArray]], shards: int, in_float16: bool) -> StepSums:
         channels = [self._parameters[norm.running_mean].data().size for norm in self._norms]
         moments = [2 * number * self._micros for number in channels]
-        return StepSums(self.comm, gradients, moments, shards * self._micros, self.feed.dtype)
+        return StepSums(self.comm, gradients, moments, shards * self._micros, self.feed.dtype, in_float16=in_float16)
 
     def _reduce(self, images: int) -> None:
         for layer, norm in enumerate(self._norms):

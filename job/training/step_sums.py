@@ -12,6 +12,7 @@ import numpy as np
 from job.distributed.comm import Comm
 from job.networks.kernels import HostViews
 from job.training.exact import ExactSum, words
+from job.training.rounded import RoundedSum
 
 # In the words of the error about a number that cannot be summed.
 _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
@@ -48,6 +49,7 @@ class StepSums:
             micro-batches.
         dtype: float32 or float64, of the gradients.
         bucket_bytes: the least that a bucket has.
+        in_float16: whether ranks sum the gradients in float16, and not exactly (:mod:`job.training.rounded`).
     """
 
     def __init__(
@@ -58,25 +60,31 @@ class StepSums:
         addends: int,
         dtype: str,
         bucket_bytes: int = BUCKET_BYTES,
+        in_float16: bool = False,
     ) -> None:
-        self._arrays = gradients
+        self._arrays, self._scale = gradients, 1.0
         self._memory = HostViews() if gradients[0][0].context.device_type == "cpu" else None
         ends = np.cumsum([_MOMENTS_PLACE, *moments]).tolist()
         self._moments = list(zip(ends, ends[1:]))
         sizes = [arrays[0].size for arrays in gradients]
         buckets = cut(sizes, bucket_bytes // (8 * words(dtype)))
+        if in_float16:  # what is no gradient stays exact, in a vector of its own
+            buckets.append([])
         places: dict[int, _Place] = {}
         self._buckets: list[tuple[ExactSum, list[int]]] = []
         for bucket in buckets:
             start = ends[-1] if bucket is buckets[-1] else 0
             stops = np.cumsum([start, *(sizes[number] for number in bucket)]).tolist()
-            vector = ExactSum(comm, stops[-1], _KINDS, addends, dtype)
+            vector = (
+                RoundedSum(comm, stops[-1], _GRADIENT, addends, dtype, lambda: self._scale)
+                if in_float16 and bucket
+                else ExactSum(comm, stops[-1], _KINDS, addends, dtype)
+            )
             places.update({number: _Place(vector, *span) for number, *span in zip(bucket, stops, stops[1:])})
             # The largest first. They are those of dense layers, which are there while the convolutions are computed.
             self._buckets.append((vector, sorted(bucket, key=lambda number: -sizes[number])))
         self._last = self._buckets[-1][0]
         self._places = [places[number] for number in range(len(sizes))]
-        self._scale = 1.0
         self.limit = self._last.limit  # of the size of a number that can be summed
 
     def start(self, stop: bool, scale: float = 1.0) -> None:

@@ -389,6 +389,11 @@ def plan(arguments: Sequence[str], config: Config, most: int) -> Plan:
             "--min-np needs data.global_batch: with data.batch_per_rank each change of the ranks would change what is"
             " learned"
         )
+    if config.train.fp16_allreduce:
+        raise UsageError(
+            "--min-np cannot have train.fp16_allreduce=true: each change of the ranks would change the bits of what is"
+            " learned"
+        )
     begin = [argument for argument in arguments if argument.startswith(_BEGIN)]
     lasting = [argument for argument in arguments if argument not in begin]
     if most > config.data.shards:

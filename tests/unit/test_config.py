@@ -86,6 +86,9 @@ BAD_FILES = {
     "scaling with a global batch": (
         "optimizer: {scale_learning_rate: linear}", ["optimizer.scale_learning_rate", "data.batch_per_rank"],
     ),
+    "sums in float16 without a loss scale": (
+        "train: {fp16_allreduce: true}", ["train.fp16_allreduce=true", "needs model.dtype=float16"],
+    ),
     "any data from anywhere": ("data: {sha256: {test_labels: any}}", ["sha256", "any", "data.dir"]),
     # texts with a form
     "short checksum": ("data: {sha256: {test_labels: abc}}", ["data.sha256.test_labels", "64 hexadecimal", "'abc'"]),

@@ -29,7 +29,7 @@ BOUND = {
     "run.seed=1": "run.seed", "train.accumulate_steps=2": "train.accumulate_steps",
     "train.clip_gradient_norm=1": "train.clip_gradient_norm", "data.global_batch=128": "data.global_batch",
     "data.validation_fraction=0.1": "data.validation_fraction", "data.validation_seed=1": "data.validation_seed",
-    "train.average_decay=0.99": "train.average_decay",
+    "train.average_decay=0.99": "train.average_decay", "model.dtype=float16": "model.dtype",
     "data.shards=4": "data.shards", "data.augment.horizontal_flip=true": "data.augment.horizontal_flip",
     "data.augment.crop_padding=2": "data.augment.crop_padding",
     "data.augment.erase_probability=0.1": "data.augment.erase_probability",
@@ -65,7 +65,9 @@ def test_other_data_is_named() -> None:
 
 
 def test_every_key_is_decided_upon() -> None:
-    decided = {*resume._FREE, *BOUND.values()} | {key for key, _ in fields() if key.startswith("data.sha256.")}
+    decided = {*resume._FREE, *BOUND.values(), "train.fp16_allreduce"} | {
+        key for key, _ in fields() if key.startswith("data.sha256.")
+    }
     left = {key for key, _ in fields()} - decided - PIXELS
     assert {key.partition(".")[0] for key in left} <= {"train", "model", "optimizer", "schedule"}
 
@@ -80,6 +82,16 @@ def test_a_batch_per_rank_is_compared_as_the_global_batch_that_it_makes() -> Non
     per_rank = "data.batch_per_rank=128", "data.global_batch=null"
     assert differences(of(*per_rank), of("data.batch_per_rank=64", "data.global_batch=null", ranks=4)) == []
     assert differences(of(*per_rank), of(*per_rank, ranks=3)) == ["data.global_batch: 256 there, 384 now"]
+
+
+def test_with_fp16_allreduce_the_number_of_ranks_is_part_of_what_is_learned() -> None:
+    mixed, compressed = "model.dtype=float16", "train.fp16_allreduce=true"
+    assert differences(of(mixed), of(mixed, ranks=3)) == []
+    assert differences(of(mixed), of(mixed, compressed)) == ["train.fp16_allreduce: False there, on 2 ranks now"]
+    (line,) = differences(of(mixed, compressed), of(mixed, compressed, ranks=3))
+    assert line == "train.fp16_allreduce: on 2 ranks there, on 3 ranks now"
+    ignored = "run.resume_ignoring=[train.fp16_allreduce]"
+    assert differences(of(mixed, compressed), of(mixed, compressed, ignored, ranks=3)) == []
 
 
 def test_a_key_that_was_not_there_yet_had_the_effect_of_its_default() -> None:

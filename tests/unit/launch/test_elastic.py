@@ -272,6 +272,12 @@ def test_a_batch_that_depends_on_the_ranks_is_refused(job: Job) -> None:
     assert "--min-np needs data.global_batch" in output
 
 
+def test_sums_in_float16_which_depend_on_the_ranks_are_refused(job: Job) -> None:
+    code, output = job.run(DONE, overrides=["model.dtype=float16", "train.fp16_allreduce=true"])
+    assert code == 2
+    assert "--min-np cannot have train.fp16_allreduce=true" in output
+
+
 def test_fewer_shards_than_places_become_as_many_whatever_the_ranks_are_then(job: Job) -> None:
     code, output = job.run(killed(1), DONE, overrides=["data.shards=2"])
     assert code == 0, output
