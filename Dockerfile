@@ -18,6 +18,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/job
+# What pip has downloaded would be stored in the layer, beside what it has installed.
+ENV PIP_NO_CACHE_DIR=1
 COPY requirements-cpu.txt requirements-gpu.txt ./
 COPY launch/setup.sh launch/
 COPY launch/shared/environment.sh launch/shared/
@@ -30,9 +32,11 @@ RUN { launch/setup.sh --no-data --no-dev || { cat .setup/log && exit 1; }; } \
     && .venv/bin/python -m pip uninstall --yes cmake wheel pip
 
 FROM build AS build-gpu
-# Horovod's NCCL operations need nvcc. The driver's library that comes along lets setup.sh try the imports.
+# Horovod's NCCL operations need nvcc. The driver's library that comes along lets setup.sh try the imports. Half of the
+# toolkit is static libraries, of which the runtime's alone is linked.
 # hadolint ignore=DL3008
-RUN find /etc/apt '(' -name '*.sources' -o -name '*.list' ')' \
+RUN printf 'path-%s=/usr/lib/x86_64-linux-gnu/lib%s_static.a\n' exclude '*' include cudart >/etc/dpkg/dpkg.cfg.d/static \
+    && find /etc/apt '(' -name '*.sources' -o -name '*.list' ')' \
         -exec sed -i -E 's/^(Components:|deb .*) main( .*)?$/\1 main contrib non-free/' {} + \
     && apt-get update \
     && apt-get install --yes --no-install-recommends nvidia-cuda-toolkit \

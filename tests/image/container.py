@@ -6,6 +6,7 @@ capability, the image's environment and entry point. All of it ends with the pro
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -33,6 +34,7 @@ LENT = (
     (CERTIFICATES, "/usr/local/share/ca-certificates/host.crt"),  # from where Debian's package makes the other anew
 )
 BUILD_SECONDS = 3600.0
+CLONE_NEWNS = 0x20000  # of sched.h; os.unshare() is Python 3.12's
 USER = 1000
 
 # Arguments: the root, how it is mounted, the folders to be seen as /runs and ~/.ssh, then the command. What is mounted
@@ -66,11 +68,27 @@ def why_not() -> str:
     return "" if subprocess.run(spaces, check=False).returncode == 0 else "no namespaces of its own are permitted here"
 
 
+def keep_mounts_private() -> None:
+    """What this thread's children mount from here on is gone with them: nothing keeps :data:`BUILD` from being removed.
+
+    Raises:
+        OSError: not permitted.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
 def buildah(*arguments: str) -> str:
-    """Run buildah on a store of its own. What it printed on stdout."""
-    store = ["--root", str(BUILD / "store"), "--runroot", str(BUILD / "run"), "--storage-driver", "vfs"]
-    command = ["buildah", *store, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=BUILD_SECONDS).stdout.strip()
+    """Run buildah on a store of its own, its scratch files beside it. What it printed on stdout."""
+    scratch = BUILD / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    command = ["buildah", "--root", str(BUILD / "store"), "--runroot", str(BUILD / "run"), *arguments]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=BUILD_SECONDS
+    )
+    return done.stdout.strip()
 
 
 def make_base() -> None:
@@ -90,6 +108,9 @@ def make_base() -> None:
             shutil.copytree(source, target, dirs_exist_ok=True)
         elif os.path.exists(source):
             shutil.copy(source, target)
+    # As Debian's own image has it: no package is kept beside what was installed from it.
+    (folder / "etc/apt/apt.conf.d/99keep-none").write_text('APT::Keep-Downloaded-Packages "false";\n')
+    subprocess.run(["chroot", str(folder), "apt-get", "clean"], check=True)
     container = buildah("from", "scratch")
     buildah("copy", "--quiet", container, str(folder), "/")
     buildah("commit", "--quiet", "--rm", container, BASE)
@@ -115,7 +136,7 @@ class Image:
         self.root = Path(buildah("mount", self._container))
         # What an engine writes before it starts a container.
         (self.root / "etc/hosts").write_text("127.0.0.1 localhost job\n")
-        (self.root / "home/mpiuser/.ssh").mkdir(exist_ok=True)
+        (self.root / "home/mpiuser/.ssh").mkdir(parents=True, exist_ok=True)  # a stage that compiles has no such user
 
     def __enter__(self) -> Image:
         return self

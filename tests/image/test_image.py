@@ -6,6 +6,7 @@ system that is mounted read-only with /tmp and /runs alone to write to: what a r
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.cuda import nvrtc
 from tests.image import container
 from tests.image.container import ROOT, USER, Image
 
@@ -37,6 +39,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def image(request: pytest.FixtureRequest) -> Iterator[Image]:
     started = time.monotonic()
+    container.keep_mounts_private()
     with Image(container.build(TARGET)) as image:
         terminal = request.config.pluginmanager.get_plugin("terminalreporter")
         terminal.write_line(f"\nimage {TARGET}: {image.megabytes} MB, built in {time.monotonic() - started:.0f} s")
@@ -207,3 +210,14 @@ def test_horovod_was_built_with_nccl_and_imports_where_a_driver_is_lent(image: I
     ask = "import mxnet, horovod.mxnet as hvd; print(mxnet.runtime.Features().is_enabled('CUDA'), hvd.nccl_built() > 0)"
     code, said = image.run("python", "-c", ask, runs=runs, **DRIVER)
     assert (code, said.split()) == (0, ["True", "True"]), said
+
+
+@pytest.mark.skipif(TARGET != "gpu", reason="the cpu image has no NVRTC")
+def test_the_kernels_compile_in_it_for_every_gpu_that_mxnet_supports(image: Image, runs: Path) -> None:
+    code, said = image.run("python", "-c", Path(nvrtc.__file__).read_text(), runs=runs, **DRIVER)
+    assert code == 0, said
+    report = json.loads(said.splitlines()[-1])
+    assert [Path(path).name for path in report["libraries"]] == ["libnvrtc.so.11.2"]  # the one that MXNet called
+    kernels = re.findall(r'extern "C" __global__ void (\w+)', (ROOT / "job/networks/batch_norm.cu").read_text())
+    every = (f"{target} {dtype}" for target, dtype in itertools.product(nvrtc.TARGETS, nvrtc.DTYPES))
+    assert report["spilled_bytes"] == {each: dict.fromkeys(kernels, 0) for each in every}
