@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +96,16 @@ def test_steps_that_overflow_are_skipped_and_the_scale_falls_and_grows_again(run
     scales, skipped = scales_and_skipped(runs.folder / "one")
     assert skipped[0] == 1 and skipped[-1] < STEPS - 2  # some steps overflow, others do not
     assert any(earlier < later for earlier, later in zip(scales, scales[1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_forty_steps_of_the_tutorials_recipe_come_close_to_those_in_float32(tmp_path: Path) -> None:
+    accuracy = {}
+    for dtype in ("float16", "float32"):
+        run(Comm(), str(tmp_path / dtype), [f"model.dtype={dtype}", "train.max_steps=40"])
+        accuracy[dtype] = json.loads((tmp_path / dtype / "summary.json").read_text())["test_accuracy"]
+    assert accuracy["float16"] == pytest.approx(accuracy["float32"], abs=0.05)
 
 
 def test_sums_in_float16_repeat_their_bits_on_as_many_ranks_and_come_close_to_exact_ones(runs: Runs) -> None:
