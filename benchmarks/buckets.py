@@ -33,13 +33,12 @@ from job.training.learner import Learner
 from job.training.step_sums import StepSums
 
 RANKS = 2
-TURNS, STEPS_A_TURN = 12, 2
+TURNS, STEPS_A_TURN = 8, 1
 MEGABYTES = (0.25, 1, 2, 4, 8, 16, 32, 64)
 BUCKETS_MEGABYTES = (8, 32)
 WHOLE = 2**40  # bytes of a bucket that no network fills
 WAYS: list[tuple[str, list[str], list[str]]] = [
-    ("on one machine", [], []),
-    ("as if on two, MPI", ["apart"], []),
+    ("on one machine, MPI", [], []),
     ("as if on two, Gloo", ["apart"], ["--gloo"]),
 ]
 NETWORKS = {"resnet18_v1": 64, "resnet50_v1": 64}  # pixels of a side

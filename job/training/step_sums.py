@@ -22,6 +22,8 @@ _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
     "a mean or variance of BatchNorm",
 )
 _VOTES_PLACE, _LOSS_PLACE, _CORRECT_PLACE, _MOMENTS_PLACE = range(4)  # in the last vector
+# The choice of frameworks that let buckets overlap is of this order; `python -m benchmarks.buckets` tries others. Less than
+# two of these are not cut: the tutorial's network is summed as one.
 BUCKET_BYTES = 2**23
 
 
