@@ -33,7 +33,7 @@ from job.training.learner import Learner
 from job.training.step_sums import StepSums
 
 RANKS = 2
-TURNS, STEPS_A_TURN = 8, 1
+TURNS, STEPS_A_TURN = 10, 1
 MEGABYTES = (0.25, 1, 2, 4, 8, 16, 32, 64)
 BUCKETS_MEGABYTES = (8, 32)
 WHOLE = 2**40  # bytes of a bucket that no network fills

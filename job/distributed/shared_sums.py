@@ -25,7 +25,9 @@ import numpy as np
 
 from job.errors import PeerLostError
 
-_LARGEST_BYTES = 2**22  # of what is summed; Horovod's ranks share the work of adding up. Not measured beyond it
+# Of what is summed; Horovod's ranks share the work of adding up. Beyond it measured (`python -m benchmarks.buckets sums`)
+# only with 2 ranks on a busy machine, where this way was the faster one.
+_LARGEST_BYTES = 2**22
 _LOOK_SECONDS = 0.1  # between two looks at whether a rank that is waited for is alive
 _LINE = 64  # bytes that processors exchange as a whole; numbers of two ranks are not in the same
 _TOKEN_BYTES = 16

@@ -22,8 +22,8 @@ _KINDS = (_LOSS, _GRADIENT, _CORRECT, _MOMENTS) = (
     "a mean or variance of BatchNorm",
 )
 _VOTES_PLACE, _LOSS_PLACE, _CORRECT_PLACE, _MOMENTS_PLACE = range(4)  # in the last vector
-# The choice of frameworks that let buckets overlap is of this order; `python -m benchmarks.buckets` tries others. Less than
-# two of these are not cut: the tutorial's network is summed as one.
+# So large that the bytes take far longer than the latency of one more sum, and so small that little is left for after
+# backward. Not tuned: `python -m benchmarks.buckets` compares others. What is less than two of these is not cut.
 BUCKET_BYTES = 2**23
 
 
@@ -69,7 +69,8 @@ class StepSums:
         ends = np.cumsum([_MOMENTS_PLACE, *moments]).tolist()
         self._moments = list(zip(ends, ends[1:]))
         sizes = [arrays[0].size for arrays in gradients]
-        buckets = cut(sizes, bucket_bytes // (8 * words(dtype)))
+        # In float16 one: which buckets Horovod would put into one sum depends on timing, and with it the order of it.
+        buckets = cut(sizes, sum(sizes) if in_float16 else bucket_bytes // (8 * words(dtype)))
         if in_float16:  # what is no gradient stays exact, in a vector of its own
             buckets.append([])
         places: dict[int, _Place] = {}

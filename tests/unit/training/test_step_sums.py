@@ -161,6 +161,14 @@ def test_the_tutorials_network_is_one_bucket() -> None:
     assert len(cut(sizes, BUCKET_BYTES // 8)) == 1
 
 
+def test_sums_in_float16_whose_order_matters_are_one_bucket_and_what_is_exact_another() -> None:
+    comm = Rank(Meeting(1), 0)
+    arrays = [[mx.nd.zeros(n) for _ in range(SHARDS)] for n in SIZES]
+    sums = StepSums(comm, arrays, MOMENTS, SHARDS * MICROS, "float32", SMALL, in_float16=True)
+    take(sums, arrays, range(SHARDS), Step.drawn(1))
+    assert len(comm.begun) == 2
+
+
 @pytest.mark.parametrize("parameter", range(len(SIZES)))
 def test_a_gradient_that_is_not_finite_is_known_on_all_ranks_whichever_bucket_it_is_in(parameter: int) -> None:
     step = Step.drawn(1)
