@@ -25,8 +25,8 @@ import numpy as np
 
 from job.errors import PeerLostError
 
-# Of what is summed; Horovod's ranks share the work of adding up. What is larger was measured only with 2 ranks on a busy
-# machine, where this way was faster (`python -m benchmarks.buckets sums`).
+# Of what is summed; Horovod's ranks share the work of adding up. What is larger was measured only with 2 ranks on a
+# busy machine, where this way was faster (`python -m benchmarks.buckets sums`).
 _LARGEST_BYTES = 2**22
 _LOOK_SECONDS = 0.1  # between two looks at whether a rank that is waited for is alive
 _LINE = 64  # bytes that processors exchange as a whole; numbers of two ranks are not in the same
