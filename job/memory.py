@@ -21,5 +21,4 @@ def settle() -> None:
     if mallopt:
         mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)
         mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
-    gc.collect()
     gc.freeze()
