@@ -297,6 +297,9 @@ class _MarkedFeed:
         with _mark("input"):
             return self._feed(*arguments)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._feed, name)
+
 
 @cache
 def _domain() -> mx.profiler.Domain:
