@@ -87,6 +87,14 @@ CONTESTANTS = (
         settings={"OMP_NUM_THREADS": "1"},
     ),
     Contestant(
+        "the same, each rank bound to a core by hand",
+        "torch_ddp",
+        peer=True,
+        before=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        settings={"OMP_NUM_THREADS": "1", "BENCH_BIND": "1"},
+        modes=("step",),
+    ),
+    Contestant(
         "Flax, 2 host devices, BatchNorm over both",
         "flax_pmap",
         peer=True,
@@ -110,7 +118,7 @@ class Running:
         self._processes: list[subprocess.Popen[str]] = []
         self._gates: list[int] = []
         self._logs: list[Path] = []
-        for _ in range(contestant.copies):
+        for copy in range(contestant.copies):
             gate = folder / f"gate-{time.monotonic_ns()}"
             os.mkfifo(gate)
             self._gates.append(os.open(gate, os.O_RDWR))
@@ -121,6 +129,8 @@ class Running:
             command = contestant.command(environment)
             if contestant.before:  # torchrun takes the module and its own -m apart
                 command = [*command[: 1 + len(contestant.before)], "-m", *command[2 + len(contestant.before) :]]
+            if contestant.copies > 1:  # each on a core of its own, as ranks are
+                command = ["taskset", "--cpu-list", str(sorted(os.sched_getaffinity(0))[copy]), *command]
             self._logs.append(folder / f"{gate.name}.log")
             with open(self._logs[-1], "w") as log:
                 self._processes.append(

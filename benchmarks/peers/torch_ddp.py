@@ -3,6 +3,8 @@
 Started by torchrun: ``python -m torch.distributed.run --standalone --nproc-per-node 2``.
 """
 
+import os
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from benchmarks.peers.turns import GLOBAL_BATCH, LEARNING_RATE, LOG_EVERY_STEPS, MODE, load, steps, take_turns
 
+if os.environ.get("BENCH_BIND"):  # which torchrun does not do by itself
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Which cores are near: to the GPU of a rank, or to one another.
+"""Which cores a rank stays on: near its GPU, or near one another.
 
 A machine with several sockets is several *NUMA nodes*, each with cores and memory of its own, and with its own GPUs. To
 reach what is at another node takes longer. Linux gives a process memory of the node where the thread runs that first
@@ -16,10 +16,14 @@ Cores = frozenset[int]
 
 
 def near(place: int, cards: Sequence[str], allowed: Sequence[Cores], root: Path = Path("/")) -> Cores:
-    """The cores for a rank: those at the node of its GPU; without a GPU those at the nodes of its share of the cores.
+    """The cores for a rank: those at the node of its GPU; without a GPU its own share of all cores.
+
+    Threads of several ranks that move over the same cores get in one another's way, and each sum over ranks waits for
+    the slowest: two ranks on two cores took a quarter more time for a step.
 
     All that it may use, where it would lose by that: where the ranks whose GPUs are at that node would have fewer cores
-    there than all ranks have on the average; or where ranks may use different cores, so that a launcher has chosen.
+    there than all ranks have on the average; where there are more ranks than cores; or where ranks may use different
+    cores, so that a launcher has chosen.
 
     Args:
         place: of the rank among those of its machine.
@@ -30,14 +34,20 @@ def near(place: int, cards: Sequence[str], allowed: Sequence[Cores], root: Path 
     own, ranks = allowed[place], len(cards)
     if any(cores != own for cores in allowed):
         return own
-    nodes = [(number, cores & own) for number, cores in _nodes(root) if cores & own]
+    nodes = _nodes(root)
     if cards[place]:
         at = [_node_of(card, root) for card in cards]
-        found = dict(nodes).get(at[place], Cores())
-        return found if len(found) * ranks >= at.count(at[place]) * len(own) else own
-    ordered = [core for _, cores in nodes for core in sorted(cores)]
-    share = {*ordered[len(ordered) * place // ranks : len(ordered) * (place + 1) // ranks]}
-    return Cores().union(*(cores for _, cores in nodes if cores & share)) or own
+        found = dict(nodes).get(at[place], Cores()) & own
+        return found if found and len(found) * ranks >= at.count(at[place]) * len(own) else own
+    node_of = {core: number for number, cores in nodes for core in cores}
+    ordered = sorted(own, key=lambda core: (node_of.get(core) or 0, min(_siblings(core, root)), core))
+    share = ordered[len(ordered) * place // ranks : len(ordered) * (place + 1) // ranks]
+    return Cores(share) if ranks <= len(own) else own
+
+
+def _siblings(core: int, root: Path) -> Cores:
+    """The hyperthreads of the same core, itself among them."""
+    return _cores(root / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") or Cores([core])
 
 
 def _nodes(root: Path) -> list[tuple[Optional[int], Cores]]:

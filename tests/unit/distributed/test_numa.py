@@ -60,13 +60,20 @@ def test_where_the_node_of_a_gpu_is_not_known_nothing_is_bound(tmp_path: Path, n
     assert chosen(root, ["0 of all", "1 of all"]) == [ALL, ALL]  # what CUDA's library could not tell
 
 
-def test_ranks_on_cpus_are_kept_at_the_nodes_of_their_shares(tmp_path: Path) -> None:
+def test_ranks_on_cpus_share_the_cores_node_by_node_and_keep_hyperthreads_together(tmp_path: Path) -> None:
     root = machine(tmp_path, SOCKETS)
+    for core in range(32):
+        folder = root / f"sys/devices/system/cpu/cpu{core}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 16},{core % 16 + 16}\n")
     assert on_cpus(root, 1) == [ALL]
     assert on_cpus(root, 2) == [FIRST, SECOND]
-    assert on_cpus(root, 3) == [FIRST, ALL, SECOND]
-    assert on_cpus(root, 4) == [FIRST, FIRST, SECOND, SECOND]
-    assert set(on_cpus(root, 100)) == {FIRST, SECOND, ALL}  # more than cores
+    assert on_cpus(root, 4)[:2] == [Cores([*range(4), *range(16, 20)]), Cores([*range(4, 8), *range(20, 24)])]
+    assert on_cpus(root, 16)[3] == Cores([3, 19])
+    assert sorted(map(len, on_cpus(root, 3))) == [10, 11, 11]
+    assert Cores().union(*on_cpus(root, 3)) == ALL
+    assert sorted(map(sorted, on_cpus(root, 32))) == [[core] for core in range(32)]
+    assert on_cpus(root, 33) == [ALL] * 33  # more than cores
 
 
 def test_few_ranks_get_several_nodes_each(tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_cores_that_the_container_does_not_give_are_not_taken(tmp_path: Path) ->
     root = machine(tmp_path, SOCKETS, {"0000:1a:00.0": "0"})
     few = Cores([0, 1, 8, 9])
     assert on_cpus(root, 2, few) == [Cores([0, 1]), Cores([8, 9])]
-    assert on_cpus(root, 2, Cores([8, 9])) == [Cores([8, 9])] * 2
+    assert on_cpus(root, 2, Cores([8, 9])) == [Cores([8]), Cores([9])]
     assert chosen(root, ["0000:1a:00.0"], Cores([8, 9])) == [Cores([8, 9])]
 
 
@@ -91,9 +98,10 @@ def test_a_launcher_that_has_bound_ranks_is_not_corrected(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("nodes", [{}, {0: "0-31"}, {0: "0-31", 1: ""}], ids=["no NUMA", "one", "memory alone"])
-def test_a_machine_of_one_node_is_left_alone(tmp_path: Path, nodes: dict[int, str]) -> None:
+def test_ranks_on_a_machine_of_one_node_share_its_cores_too(tmp_path: Path, nodes: dict[int, str]) -> None:
     root = tmp_path if not nodes else machine(tmp_path, nodes)
-    assert on_cpus(root, 2) == [ALL, ALL]
+    assert on_cpus(root, 2) == [Cores(range(16)), Cores(range(16, 32))]
+    assert chosen(root, ["0000:1a:00.0", "0000:3b:00.0"]) == [ALL, ALL]  # at nodes that nobody knows
 
 
 def test_all_threads_are_bound_and_the_cores_of_the_machine_are_still_known() -> None:
