@@ -57,6 +57,7 @@ def _measure(folder: Path) -> None:
     import numba  # noqa: F401
 
     mark("import of numba")
+    from job import memory
     from job.config import load_config
     from job.data.sampler import own_shards
     from job.distributed.comm import connect
@@ -77,6 +78,7 @@ def _measure(folder: Path) -> None:
     mx.nd.waitall()
     mark("network and optimizer", comm.barrier)
     own = own_shards(comm.rank, comm.size, config.data.shards)
+    memory.settle()  # as train() does
     for step in range(STEPS):
         batch = sampler.shards(*divmod(step, sampler.steps_per_epoch), own, config.data.shards)
         learner.step(dataset.train, [batch], len(sampler.batch(step)), 0.01, measure=step + 1 == STEPS)
