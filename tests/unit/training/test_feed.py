@@ -174,9 +174,9 @@ def events(micros: int, steps: int) -> Sequence[str]:
         found.append(f"input {step}")
         return make(split, shards, step)
 
-    def added(*arguments: Any) -> None:
+    def added(*arguments: Any, **options: Any) -> None:
         found.append(f"wait {own.steps}")
-        add(*arguments)
+        add(*arguments, **options)
 
     own._fed, own._sums.add = fed, added  # type: ignore[method-assign]
     for _, batch in own.ahead(sampler.batches(range(steps), range(3), 3, micros)):
