@@ -15,7 +15,6 @@ from launch.hosts.supervise import Job, Site
 
 AGENT = [sys.executable, str(Path(__file__).resolve().parents[3] / "launch" / "hosts" / "agent.py")]
 WAIT = "while :; do sleep 0.05; done"
-WILLING = f"trap 'exit 75' TERM; {WAIT}"
 STUBBORN = f"trap '' TERM; {WAIT}"
 
 
@@ -101,8 +100,10 @@ def test_preempted_ranks_make_75_and_the_others_are_given_the_time(tmp_path: Pat
     assert (tmp_path / "saved").exists()
 
 
-def test_a_signal_to_the_launcher_asks_all_to_stop(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(f"trap 'exit 75' TERM; kill -TERM $LAUNCHER; {WAIT}", WILLING) == 75
+def test_a_signal_to_the_launcher_asks_all_to_stop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ready = tmp_path / "ready"  # or the signal may find the other rank before it knows what to do with it
+    asks = f"until [ -e {ready} ]; do sleep 0.02; done; kill -TERM $LAUNCHER"
+    assert run(f"trap 'exit 75' TERM; {asks}; {WAIT}", f"trap 'exit 75' TERM; touch {ready}; {WAIT}") == 75
     assert "preempted, with a checkpoint written" in capsys.readouterr().err
 
 
