@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import numpy as np
 import pytest
 
 from job.distributed.comm import Comm
 from job.training.rounded import RoundedSum
+from tests.unit.training.test_exact import Others
 
 
-class Others(Comm):
-    """Ranks that hand over vectors of their own, added up in float16 as Horovod does."""
-
-    def __init__(self, vectors: Sequence[np.ndarray]) -> None:
-        super().__init__()
-        self._vectors = vectors
-        self.own: Optional[np.ndarray] = None
+class InFloat16(Others):
+    """They add up in float16, as Horovod does."""
 
     def sum(self, values: np.ndarray, name: str) -> np.ndarray:
         self.own, total = values, values
@@ -32,7 +27,7 @@ def summed(
     own: Sequence[np.ndarray], others: Sequence[np.ndarray] = (), scale: float = 1.0
 ) -> tuple[RoundedSum, np.ndarray]:
     """The sum of what this rank's shards have and other ranks hand over, and what this rank hands over."""
-    comm = Others(others)
+    comm = InFloat16(others)
     vector = RoundedSum(comm, own[0].size, "the gradient", 8, "float32", lambda: scale)
     for values in own:
         vector.add("the gradient", 0, values.astype(np.float32))
