@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 _POLL_SECONDS = 0.5
-_CALM_SECONDS = 5.0  # for which nobody asks why a wait takes so long
+_CALM_SECONDS = 2.0  # for which nobody asks why a wait takes so long; horovodrun kills all 5 s after one has failed
 _PAUSE_SECONDS = 2.0  # a look that comes so much too late tells that this process was itself stopped
 leaving = threading.Lock()  # taken, and never released, by the thread that decides how the process ends
 
@@ -46,7 +46,8 @@ class Watchdog:
     """Calls ``on_expiry`` with a message when something guarded is late.
 
     Ends the process when it is an orphan, and when something guarded takes some seconds and ``gone`` says, in words,
-    that other ranks have ended: what waits for them may be a GPU, which nothing else would end.
+    that other ranks have ended. Nothing else would end a GPU's wait for them; nor a sum inside an MXNet operator that
+    Horovod refuses because it has stopped: MXNet hands on no error there but its own kind.
 
     One daemon thread looks at all guarded waits, so that guarding costs no more than two dictionary operations.
 

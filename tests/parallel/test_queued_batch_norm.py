@@ -138,5 +138,6 @@ def test_a_rank_that_dies_in_a_queued_sum_ends_the_others_with_the_usual_error()
     )
     said = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "stopped, because another rank failed" in said, said
+    # Which one depends on whether this rank's sum was on its way when Horovod stopped, or came later and was refused.
+    assert re.search("stopped, because another rank failed|rank 1 has ended, and this rank would wait", said), said
     assert not re.search(r"^\[\d\].*Traceback", said, re.MULTILINE), said  # of a rank; horovodrun always has one
