@@ -34,7 +34,7 @@ from job.training.evaluation import Mistake
 from job.training.learner import Learner
 
 # Test images whose features the projector shows. A square number: tensorboardX leaves the rest of its sprite to chance.
-PROJECTED = 484
+PROJECTED = 256
 BINS = 64  # of a histogram
 DRAWN_CLASSES = 50  # more make a confusion matrix that nobody can read, and too many curves
 
@@ -164,8 +164,10 @@ class TensorBoard(Writer):
         }
         if len(self._classes) <= DRAWN_CLASSES:
             drawn["confusion_matrix"] = pictures.confusion_matrix(confusion, self._classes, title)
+        coloured = self._subject is not None and self._subject.learner.feed.about.shape[0] == 3
         for name, picture in sorted(drawn.items()):
-            image = Summary.Value(tag=f"{record['split']}/{name}", image=_png(picture))
+            few = pictures.in_few_colours(picture, coloured and name == "worst_mistakes")
+            image = Summary.Value(tag=f"{record['split']}/{name}", image=_png(few))
             self._writer.file_writer.add_summary(Summary(value=[image]), step)
 
     def _add_histograms(self, learner: Learner, step: int) -> None:
@@ -256,11 +258,9 @@ def _written_at_once(writer: SummaryWriter) -> BinaryIO:
 
 
 def _png(picture: Image.Image) -> Summary.Image:
-    """In 256 colours, and pressed little: half the time, much of which goes into tensorboardX's sum over the bytes."""
+    """Pressed little: much of the time goes into tensorboardX's sum over the bytes, and the rest into pressing."""
     stream = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        stream, "PNG", compress_level=1
-    )
+    picture.save(stream, "PNG", compress_level=1)
     return Summary.Image(
         height=picture.height, width=picture.width, colorspace=3, encoded_image_string=stream.getvalue()
     )

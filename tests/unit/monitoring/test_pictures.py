@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from job.data.dataset import FASHION_MNIST
-from job.monitoring.pictures import confusion_matrix, worst_mistakes
+from job.monitoring.pictures import confusion_matrix, in_few_colours, worst_mistakes
 from job.training.evaluation import Mistake
 
 WHITE = np.array([255, 255, 255])
@@ -65,3 +66,20 @@ def test_the_grid_of_mistakes_shows_the_images_in_their_order_dark_on_white() ->
 
 def test_without_mistakes_there_is_still_a_picture() -> None:
     assert worst_mistakes([], [], FASHION_MNIST.classes, "no mistakes").height > 100
+
+
+def test_every_grey_stays_what_it_is_in_few_colours_or_almost() -> None:
+    greys = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None], 3, axis=2)
+    few = in_few_colours(Image.fromarray(greys), coloured_images=False)
+    assert few.mode == "P"
+    shown = np.asarray(few.convert("RGB")).astype(int)
+    np.testing.assert_allclose(shown, greys.astype(int), rtol=0, atol=3)
+    assert (shown[-1, -1] == WHITE).all()
+
+
+def test_coloured_images_keep_their_colours_in_few_colours() -> None:
+    levels = np.arange(4, dtype=np.uint8) * 85
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(8, 8, 3)
+    few = in_few_colours(Image.fromarray(np.tile(colours, (4, 4, 1))), coloured_images=True)
+    shown = np.asarray(few.convert("RGB")).astype(int)
+    np.testing.assert_allclose(shown, np.tile(colours, (4, 4, 1)).astype(int), rtol=0, atol=16)

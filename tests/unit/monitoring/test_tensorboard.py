@@ -230,8 +230,8 @@ def test_the_pictures_are_those_of_the_evaluation(whole: tuple[Path, Subject]) -
     }
     for tag, picture in expected.items():
         (event,) = events.Images(tag)
-        shown_there = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
-        np.testing.assert_allclose(np.asarray(shown_there), np.asarray(picture), rtol=0, atol=16)  # of 256 colours
+        shown_there = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
+        np.testing.assert_allclose(shown_there, np.asarray(picture).astype(int), rtol=0, atol=24)  # of 256 colours
 
 
 def test_histograms_hold_every_number_of_weights_gradients_and_running_statistics(whole: tuple[Path, Subject]) -> None:
@@ -319,7 +319,7 @@ def test_the_hash_of_the_weights_is_there_at_the_end_as_text(whole: tuple[Path, 
 
 def test_as_many_images_are_projected_as_fill_a_square() -> None:
     side = int(tensorboard.PROJECTED**0.5)
-    assert side**2 == tensorboard.PROJECTED == 484
+    assert side**2 == tensorboard.PROJECTED == 256
 
 
 def test_a_bar_in_a_value_does_not_break_the_table() -> None:
