@@ -91,7 +91,7 @@ def kernels(place: Place) -> None:
     """On one GPU."""
     import mxnet as mx
 
-    from job.networks.queued_passes import Graphs, Kernels, queued_passes
+    from job.operators.queued_passes import Graphs, Kernels, queued_passes
     from tests.cuda import queued
 
     ctx = mx.cpu() if place.rehearse else mx.gpu(0)
@@ -136,7 +136,7 @@ def on_device(
     """What the passes make of shards (n, channels, length): the operator's own order of them, waited for."""
     import mxnet as mx
 
-    from job.networks.queued_passes import Options
+    from job.operators.queued_passes import Options
 
     wide = "float32" if dtype == "float16" else dtype
     options = Options(1e-5, 0.0, fix_gamma=False, unbiased=True, updates_running=True, relu=False)

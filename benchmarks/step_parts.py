@@ -102,8 +102,8 @@ def by_operator(lines: list[str], steps: int) -> dict[str, float]:
 
 def own_loops(spent: dict[tuple[str, str], float]) -> None:
     """Have our own loops add the seconds that they take to ``spent``, by name and by channels of results."""
-    from job.networks import convolution as loops
-    from job.networks.fused import FusedPoolPasses
+    from job.operators import convolution_loops as loops
+    from job.operators.fused import FusedPoolPasses
     from job.training.exact import ExactSum
 
     def time_calls(owner: Any, name: str, channels: Callable[..., Any]) -> None:

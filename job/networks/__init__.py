@@ -1,1 +1,1 @@
-"""The networks, and BatchNorm over the global batch."""
+"""The networks, their training graph, and BatchNorm over the global batch as a layer."""

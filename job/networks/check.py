@@ -11,11 +11,11 @@ from job.config import ModelConfig
 from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks import models
-from job.networks.batch_norm_operator import Group
 from job.networks.mixed_precision import in_float16
 from job.networks.others import said
-from job.networks.shards import write_sharded
+from job.networks.sharded_graph import write_sharded
 from job.networks.weights import match
+from job.operators.batch_norm import Group
 
 
 def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, int, int] = models.IMAGE_SHAPE) -> None:

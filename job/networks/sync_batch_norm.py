@@ -1,6 +1,6 @@
 """BatchNorm whose statistics are those of the global batch: a layer for any training loop of MXNet Gluon over Horovod.
 
-The operator and its mathematics are in :mod:`job.networks.batch_norm_operator`.
+The operator and its mathematics are in :mod:`job.operators.batch_norm`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mxnet.gluon import nn
 
 from job.distributed.comm import Comm
 from job.errors import UsageError
-from job.networks.batch_norm_operator import Group
+from job.operators.batch_norm import Group
 
 
 class SyncBatchNorm(nn.BatchNorm):

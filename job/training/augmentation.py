@@ -18,7 +18,7 @@ import numpy as np
 from job.config import AugmentConfig
 from job.data.dataset import Description
 from job.errors import UsageError
-from job.networks.compiled import compiled
+from job.operators.compiled import compiled
 
 _SMALLEST_ERASED = 0.02  # of the area, and the flattest shape: of Zhong et al., section 3.1
 _FLATTEST = 0.3

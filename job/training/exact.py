@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from job.distributed.comm import Comm
-from job.networks.compiled import compiled
+from job.operators.compiled import compiled
 
 SCALE = 2.0**44
 LARGEST = 2.0**18  # of the sum: 2^62 as an integer

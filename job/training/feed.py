@@ -10,7 +10,7 @@ import mxnet as mx
 import numpy as np
 
 from job.data.dataset import FASHION_MNIST, Description, Split
-from job.networks.kernels import host_view
+from job.operators.kernels import host_view
 
 _SHARE = 4  # of the free memory of a GPU: at most a quarter for data sets, the rest for the network
 _BUFFERS = 2  # of each shape and type: one is filled while the other one is copied

@@ -16,12 +16,12 @@ from job.data.dataset import Split
 from job.data.sampler import Shard, Span, own_shards
 from job.distributed.comm import Comm
 from job.errors import DivergedError
-from job.networks import convolution, fused, kernels
-from job.networks.batch_norm_operator import Group, tails_for
-from job.networks.compiled import load_kept
-from job.networks.fused import can_fuse
 from job.networks.mixed_precision import in_float16
 from job.networks.shards import Inference, ShardedNetwork, dropout_mask
+from job.operators import convolution_loops, fused, kernels
+from job.operators.batch_norm import Group, tails_for
+from job.operators.compiled import load_kept
+from job.operators.fused import can_fuse
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
 from job.training.average import Average
@@ -59,7 +59,7 @@ def cross_entropy(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
 
 def load_loops(augments: bool = False) -> None:
     """Load the compiled loops of a step, unless that is done; also those that augment images if it ``augments``."""
-    load_kept(kernels, fused, convolution, exact, *([augmentation] if augments else []))
+    load_kept(kernels, fused, convolution_loops, exact, *([augmentation] if augments else []))
 
 
 class Learner:
@@ -338,7 +338,7 @@ class Learner:
 
 
 def _own_loops(model: ModelConfig, feed: Feed, dtype: str) -> tuple[Collection[str], bool]:
-    """What :func:`job.networks.shards.write_sharded` takes loops of our own for, if activations have that type."""
+    """For what :func:`~job.networks.sharded_graph.write_sharded` takes our own loops, if activations have that type."""
     tails = tails_for(feed.ctx, dtype) if model.fuse_batch_norm else ()
     return tails, can_fuse(feed.ctx, dtype) and model.direct_convolution
 

@@ -10,7 +10,7 @@ import mxnet as mx
 import numpy as np
 
 from job.distributed.comm import Comm
-from job.networks.kernels import HostViews
+from job.operators.kernels import HostViews
 from job.training.exact import ExactSum, words
 from job.training.rounded import RoundedSum
 

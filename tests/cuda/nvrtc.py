@@ -18,7 +18,7 @@ from unittest import mock
 
 import mxnet as mx
 
-from job.networks import queued_passes
+from job.operators import queued_passes
 
 # The GPUs that libmxnet.so of the GPU wheel has machine code for, and one that the code for sm_70 runs on.
 TARGETS = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86")

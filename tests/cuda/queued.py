@@ -12,9 +12,9 @@ import mxnet as mx
 import numpy as np
 from mxnet.base import _LIB
 
-from job.networks import batch_norm_operator
-from job.networks.queued_batch_norm import QueuedOp
-from job.networks.queued_passes import Graphs, Kernels, QueuedPasses
+from job.operators import batch_norm
+from job.operators.queued_batch_norm import QueuedOp
+from job.operators.queued_passes import Graphs, Kernels, QueuedPasses
 from tests.cuda import stand_in
 
 # What has a thread wait for MXNet's engine, or reads and writes the memory of an array.
@@ -41,14 +41,14 @@ def kernels(dtype: str) -> Kernels:
 @contextmanager
 def queued(kind: str, change: Callable[[QueuedPasses], Any] = lambda passes: passes) -> Iterator[None]:
     """Let operators that are made in here be those of the device path."""
-    whole = batch_norm_operator.queued_passes
-    batch_norm_operator.queued_passes = lambda ctx, dtype: change(passes_of(kind, np.dtype(dtype).name))
+    whole = batch_norm.queued_passes
+    batch_norm.queued_passes = lambda ctx, dtype: change(passes_of(kind, np.dtype(dtype).name))
     try:
         yield
         mx.nd.waitall()
         assert not stand_in.failures
     finally:
-        batch_norm_operator.queued_passes = whole
+        batch_norm.queued_passes = whole
 
 
 @contextmanager

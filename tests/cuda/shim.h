@@ -1,4 +1,4 @@
-// As much of CUDA as job/networks/batch_norm.cu needs, on the CPU. The threads of a block are fibers, which take turns at
+// As much of CUDA as job/operators/batch_norm.cu needs, on the CPU. The threads of a block are fibers, which take turns at
 // __syncthreads; blocks run one after the other. A barrier that not all threads of a block reach is an error.
 #pragma once
 #include <csetjmp>

@@ -218,6 +218,6 @@ def test_the_kernels_compile_in_it_for_every_gpu_that_mxnet_supports(image: Imag
     assert code == 0, said
     report = json.loads(said.splitlines()[-1])
     assert [Path(path).name for path in report["libraries"]] == ["libnvrtc.so.11.2"]  # the one that MXNet called
-    kernels = re.findall(r'extern "C" __global__ void (\w+)', (ROOT / "job/networks/batch_norm.cu").read_text())
+    kernels = re.findall(r'extern "C" __global__ void (\w+)', (ROOT / "job/operators/batch_norm.cu").read_text())
     every = (f"{target} {dtype}" for target, dtype in itertools.product(nvrtc.TARGETS, nvrtc.DTYPES))
     assert report["spilled_bytes"] == {each: dict.fromkeys(kernels, 0) for each in every}

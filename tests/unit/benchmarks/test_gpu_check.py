@@ -14,8 +14,8 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import FAILED, MEASURED, NOT_RUN, OK, SMALL_SHAPES, TOLERANCE, WRONG, Place, Row
 from job.fitness import facts
-from job.networks import queued_passes
-from job.networks.queued_passes import Graphs
+from job.operators import queued_passes
+from job.operators.queued_passes import Graphs
 from tests.cuda import queued
 
 

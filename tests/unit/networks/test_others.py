@@ -17,10 +17,10 @@ from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.errors import UsageError
 from job.networks import models, others
-from job.networks.batch_norm_operator import Group
 from job.networks.check import check
-from job.networks.fused import RELU, RELU_MAX_POOL
-from job.networks.shards import write_sharded
+from job.networks.sharded_graph import write_sharded
+from job.operators.batch_norm import Group
+from job.operators.fused import RELU, RELU_MAX_POOL
 
 FILE = """
 import mxnet as mx

@@ -14,9 +14,10 @@ from mxnet.gluon.model_zoo import vision
 
 from job.distributed.comm import Comm
 from job.errors import UsageError
-from job.networks.batch_norm_operator import Group
-from job.networks.fused import RELU, RELU_MAX_POOL
-from job.networks.shards import Dropout, Inference, ShardedNetwork, dropout_mask, write_sharded
+from job.networks.sharded_graph import Dropout, write_sharded
+from job.networks.shards import Inference, ShardedNetwork, dropout_mask
+from job.operators.batch_norm import Group
+from job.operators.fused import RELU, RELU_MAX_POOL
 
 SHARDS = 3
 SIZES = (3, 2, 2)

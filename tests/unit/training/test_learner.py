@@ -23,7 +23,7 @@ from job.distributed.comm import Comm
 from job.distributed.device import seed_everything
 from job.errors import UsageError
 from job.networks import models
-from job.networks.kernels import host_view
+from job.operators.kernels import host_view
 from job.training.feed import Feed
 from job.training.learner import Learner, cross_entropy
 

@@ -6,8 +6,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from job.networks.fused import RELU, RELU_MAX_POOL, passes_for
-from job.networks.kernels import CpuPasses, HostViews, host_view
+from job.operators.fused import RELU, RELU_MAX_POOL, passes_for
+from job.operators.kernels import CpuPasses, HostViews, host_view
 from tests.oracles import assert_within
 
 SHAPES = [(4, 3, 25), (7, 5, 1), (1, 2, 1), (1, 1, 300), (16, 8, 64)]

@@ -12,10 +12,10 @@ from mxnet.gluon import nn
 from numpy.lib.stride_tricks import sliding_window_view
 
 from job.distributed.comm import Comm
-from job.networks import convolution
-from job.networks.batch_norm_operator import Group
-from job.networks.convolution_operator import DIRECT
-from job.networks.shards import write_sharded
+from job.networks.sharded_graph import write_sharded
+from job.operators import convolution_loops
+from job.operators.batch_norm import Group
+from job.operators.convolution import DIRECT
 from tests.oracles import assert_within
 
 
@@ -66,10 +66,10 @@ def test_results_and_gradients_are_those_of_the_definition(name: str, dtype: str
     sides = (side + 2 * around - length + 1 for side, around, length in zip(case.side, case.pad, case.kernel))
     dy = random.normal(size=(case.images, case.filters, *sides)).astype(dtype)
     found = [np.full_like(array, np.nan) for array in (dy, x, weight, bias)]
-    convolution.forward(x, convolution.pack(weight), bias, case.pad, found[0])
-    convolution.backward_data(dy, convolution.turn(weight), case.pad, found[1])
-    convolution.backward_weight(dy, x, case.pad, found[2])
-    convolution.backward_bias(dy, found[3])
+    convolution_loops.forward(x, convolution_loops.pack(weight), bias, case.pad, found[0])
+    convolution_loops.backward_data(dy, convolution_loops.turn(weight), case.pad, found[1])
+    convolution_loops.backward_weight(dy, x, case.pad, found[2])
+    convolution_loops.backward_bias(dy, found[3])
     wide = [array.astype(np.float64) for array in (x, weight, bias, dy)]
     for what, own, of_numpy in zip(("out", "dx", "dweight", "dbias"), found, expected(case, *wide)):
         terms = np.sqrt(max(wide[0].size, wide[3].size))  # of random signs, of which a sum may be small
@@ -81,7 +81,7 @@ def test_nan_and_infinity_reach_only_what_is_computed_from_them() -> None:
     x[0, 0, 2, 2], x[1, 0, 5, 5] = np.nan, np.inf
     out = np.empty((2, 3, 5, 5), np.float32)
     weight = np.ones((3, 1, 2, 2), np.float32)
-    convolution.forward(x, convolution.pack(weight), np.zeros(3, np.float32), (0, 0), out)
+    convolution_loops.forward(x, convolution_loops.pack(weight), np.zeros(3, np.float32), (0, 0), out)
     assert np.isnan(out[0, :, 1:3, 1:3]).all() and np.isnan(out).sum() == 12
     assert np.isinf(out[1, :, 4, 4]).all() and np.isinf(out).sum() == 3
 

@@ -1,6 +1,6 @@
 """Synchronized BatchNorm as work that is queued on a GPU: neither forward nor backward waits for anything.
 
-The mathematics is in :mod:`job.networks.batch_norm_operator`; this is the same with all numbers on the device, summed
+The mathematics is in :mod:`job.operators.batch_norm`; this is the same with all numbers on the device, summed
 over ranks there.
 
 MXNet takes the operator for done when everything that is written into its outputs is done. It does not know what is
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, Optional
 import mxnet as mx
 import numpy as np
 
-from job.networks.kernels import flat_shape
-from job.networks.queued_passes import Options, QueuedPasses
+from job.operators.kernels import flat_shape
+from job.operators.queued_passes import Options, QueuedPasses
 
 if TYPE_CHECKING:
-    from job.networks.batch_norm_operator import Group
+    from job.operators.batch_norm import Group
 
 Fill = Callable[[int, mx.nd.NDArray], None]  # queue what writes the row of one of this rank's shards
 
 
 class QueuedOp(mx.operator.CustomOp):
-    """One use of a layer in a forward pass, and its backward. Its arrays: :mod:`job.networks.queued_passes`."""
+    """One use of a layer in a forward pass, and its backward. Its arrays: :mod:`job.operators.queued_passes`."""
 
     def __init__(
         self, group: Group, layer: str, shards: int, axis: int, options: Options, passes: QueuedPasses

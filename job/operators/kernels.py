@@ -1,9 +1,9 @@
 """The passes of BatchNorm over whole arrays on the CPU, which are its cost; the rest has the size of a channel vector.
 
 Every array has the shape (N, C, S): all axes before the channel axis, the channels, all axes after it.
-:class:`CpuPasses` does them in compiled loops over the arrays' own memory; :mod:`job.networks.fused` has passes that do
-what follows a BatchNorm as well. Per-channel vectors (C,) go in as numpy arrays of the type that is computed in, and
-come out as float64. What a GPU does instead: :mod:`job.networks.queued_passes`.
+:class:`CpuPasses` does them in compiled loops over the arrays' own memory; :mod:`job.operators.fused` has passes that
+do what follows a BatchNorm as well. Per-channel vectors (C,) go in as numpy arrays of the type that is computed in, and
+come out as float64. What a GPU does instead: :mod:`job.operators.queued_passes`.
 
 The passes subtract a ``center`` (C,) before they multiply, in the arrays' own precision: with values around 1e4, x * a
 + b would round away what (x - center) * a + b keeps.
@@ -19,7 +19,7 @@ from typing import Optional, Protocol
 import mxnet as mx
 import numpy as np
 
-from job.networks.compiled import compiled
+from job.operators.compiled import compiled
 
 Vector = np.ndarray
 Kept = Optional[np.ndarray]

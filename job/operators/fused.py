@@ -15,11 +15,11 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from job.networks import windows
-from job.networks.compiled import compiled
-from job.networks.kernels import CpuPasses, Kept, Passes, Vector, flat_shape
-from job.networks.vectors import AVAILABLE, LANES, pieces
-from job.networks.windows import NOWHERE
+from job.operators import windows
+from job.operators.compiled import compiled
+from job.operators.kernels import CpuPasses, Kept, Passes, Vector, flat_shape
+from job.operators.vectors import AVAILABLE, LANES, pieces
+from job.operators.windows import NOWHERE
 
 Loop = Callable[..., None]
 

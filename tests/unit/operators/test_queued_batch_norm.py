@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mxnet import autograd
 
 from job.distributed.comm import Comm
-from job.networks import queued_passes
-from job.networks.batch_norm_operator import Group
-from job.networks.fused import RELU
-from job.networks.queued_batch_norm import QueuedOp
-from job.networks.queued_passes import Graphs, QueuedPasses
+from job.operators import queued_passes
+from job.operators.batch_norm import Group
+from job.operators.fused import RELU
+from job.operators.queued_batch_norm import QueuedOp
+from job.operators.queued_passes import Graphs, QueuedPasses
 from tests.cuda.queued import counted_waits, kernels, queued
 from tests.oracles import assert_within, batch_norm
 

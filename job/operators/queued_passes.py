@@ -3,8 +3,8 @@
 Two classes do the same. :class:`Kernels` are those of ``batch_norm.cu``, compiled by MXNet while it runs, on GPUs.
 :class:`Graphs` are MXNet's own operators, for any device: where kernels cannot be compiled, and for float16 on a CPU.
 
-Activations have the shape (N, C, S), as in :mod:`job.networks.kernels`. Whatever has the size of a channel vector stays
-on the device too, in float64:
+Activations have the shape (N, C, S), as in :mod:`job.operators.kernels`. Whatever has the size of a channel vector
+stays on the device too, in float64:
 
     row of moments     (2C + 1,)  n mean, M2 + n mean^2, n: of a shard
     row of products    (2C,)      sum dy, sum dy (x - mean): of a shard
@@ -33,7 +33,7 @@ from mxnet import autograd
 from mxnet.ndarray import NDArray
 from mxnet.symbol import Symbol
 
-from job.networks.fused import RELU, has_loops
+from job.operators.fused import RELU, has_loops
 
 _THREADS = 256  # of a block
 _BLOCKS = 1024  # of a grid at most, unless there are more channels: enough for the largest GPUs

@@ -15,7 +15,7 @@ from job.config import ROOT
 PROGRAM = """
 import errno, os, sys
 import numpy as np
-from job.networks.compiled import compiled, load_kept
+from job.operators.compiled import compiled, load_kept
 
 def double(x, out):
     for i in range(len(x)):

@@ -8,16 +8,16 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from job.networks import convolution
-from job.networks.kernels import HostViews
-from job.networks.operators import side_by_side, write
+from job.operators import convolution_loops
+from job.operators.kernels import HostViews
+from job.operators.side_by_side import side_by_side, write
 
 DIRECT = "direct_convolution"
 _VECTOR = 16  # numbers of float32; of as many channels, or a multiple, oneDNN has fast kernels
 
 
 def is_better_direct(node: dict[str, Any]) -> bool:
-    """Whether :mod:`job.networks.convolution` computes an operator of a traced graph, and sooner than MXNet does."""
+    """Whether our own loops compute an operator of a traced graph, and sooner than MXNet does."""
     options = {"dilate": "(1, 1)", "stride": "(1, 1)", "num_group": "1", "layout": "NCHW", **node.get("attrs", {})}
     return (
         node["op"] == "Convolution"
@@ -92,10 +92,10 @@ class _DirectConvolution(mx.operator.CustomOp):
         self._weight = self._memory.one("weight", 0, in_data[n]).copy()
         channels = len(self._weight)
         bias = self._memory.one("bias", 0, in_data[2 * n]) if self._has_bias else np.zeros(channels, xs[0].dtype)
-        packed = convolution.pack(self._weight)
+        packed = convolution_loops.pack(self._weight)
 
         def compute(k: int) -> None:
-            write(req[k], ys[k], lambda y: convolution.forward(xs[k], packed, bias, self._pad, y))
+            write(req[k], ys[k], lambda y: convolution_loops.forward(xs[k], packed, bias, self._pad, y))
 
         side_by_side(compute, range(n))
 
@@ -110,13 +110,13 @@ class _DirectConvolution(mx.operator.CustomOp):
     ) -> None:
         n, pad = self._shards, self._pad
         xs, dys, gradients = self._memory("x", in_data[:n]), self._memory("dy", out_grad), self._memory("dx", in_grad)
-        turned = convolution.turn(self._weight)
+        turned = convolution_loops.turn(self._weight)
 
         def compute(k: int) -> None:
             x, dy = xs[k], dys[k]
-            write(req[k], gradients[k], lambda dx: convolution.backward_data(dy, turned, pad, dx))
-            write(req[n + k], gradients[n + k], lambda dw: convolution.backward_weight(dy, x, pad, dw))
+            write(req[k], gradients[k], lambda dx: convolution_loops.backward_data(dy, turned, pad, dx))
+            write(req[n + k], gradients[n + k], lambda dw: convolution_loops.backward_weight(dy, x, pad, dw))
             if self._has_bias:
-                write(req[2 * n + k], gradients[2 * n + k], lambda db: convolution.backward_bias(dy, db))
+                write(req[2 * n + k], gradients[2 * n + k], lambda db: convolution_loops.backward_bias(dy, db))
 
         side_by_side(compute, range(n))

@@ -18,7 +18,7 @@ So no number depends on how many ranks there are, or on who computes which shard
 shard because whoever trains sums them like every other gradient.
 
 Two classes compute this. :class:`_HostOp`, for the CPU, does it at once, in numpy and compiled loops, and waits for the
-other ranks in between. :class:`job.networks.queued_batch_norm.QueuedOp`, for GPUs, queues all of it on the device.
+other ranks in between. :class:`job.operators.queued_batch_norm.QueuedOp`, for GPUs, queues all of it on the device.
 :meth:`_SyncBatchNormProp.create_operator` takes one of them.
 
 Sources: Ioffe and Szegedy, "Batch normalization", 2015, for the gradient; Chan, Golub and LeVeque, 1979, for the merge.
@@ -37,11 +37,11 @@ import numpy as np
 
 from job.distributed.comm import Comm
 from job.errors import PeerLostError
-from job.networks.fused import RELU, RELU_MAX_POOL, can_fuse, passes_for
-from job.networks.kernels import HostViews, Kept
-from job.networks.operators import side_by_side, write
-from job.networks.queued_batch_norm import Fill, QueuedOp
-from job.networks.queued_passes import Options, queued_passes
+from job.operators.fused import RELU, RELU_MAX_POOL, can_fuse, passes_for
+from job.operators.kernels import HostViews, Kept
+from job.operators.queued_batch_norm import Fill, QueuedOp
+from job.operators.queued_passes import Options, queued_passes
+from job.operators.side_by_side import side_by_side, write
 
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
 # outlive whoever made it.

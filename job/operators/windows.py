@@ -11,7 +11,7 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from job.networks.vectors import LANES, Code, body
+from job.operators.vectors import LANES, Code, body
 
 NOWHERE = 4  # the gradient of a result that ReLU has set to 0; otherwise 2 * row + column within the window
 

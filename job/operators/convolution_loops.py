@@ -19,8 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from job.networks.compiled import compiled
-from job.networks.vectors import Code, body, copy_piece, pieces, raise_piece
+from job.operators.compiled import compiled
+from job.operators.vectors import Code, body, copy_piece, pieces, raise_piece
 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 _VECTOR_BYTES = 64 if _WIDE else 32
