@@ -91,7 +91,9 @@ def kernels(place: Place) -> None:
     """On one GPU."""
     import mxnet as mx
 
-    from job.operators.queued_passes import Graphs, Kernels, queued_passes
+    from job.operators.cuda_kernels import Kernels
+    from job.operators.graphs import Graphs
+    from job.operators.tried_passes import queued_passes
     from tests.cuda import queued
 
     ctx = mx.cpu() if place.rehearse else mx.gpu(0)

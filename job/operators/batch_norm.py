@@ -40,8 +40,9 @@ from job.errors import PeerLostError
 from job.operators.fused import RELU, RELU_MAX_POOL, can_fuse, passes_for
 from job.operators.kernels import HostViews, Kept
 from job.operators.queued_batch_norm import Fill, QueuedOp
-from job.operators.queued_passes import Options, queued_passes
+from job.operators.queued_passes import Options
 from job.operators.side_by_side import side_by_side, write
+from job.operators.tried_passes import queued_passes
 
 # MXNet hands a custom operator nothing but strings, so that it finds its group by name. Groups stay: an operator may
 # outlive whoever made it.

@@ -1,7 +1,7 @@
 """Synchronized BatchNorm as work that is queued on a GPU: neither forward nor backward waits for anything.
 
-The mathematics is in :mod:`job.operators.batch_norm`; this is the same with all numbers on the device, summed
-over ranks there.
+The mathematics is in :mod:`job.operators.batch_norm`; this is the same with all numbers on the device, summed over
+ranks there.
 
 MXNet takes the operator for done when everything that is written into its outputs is done. It does not know what is
 only read, and may overwrite an input that a queued pass has yet to read. So one rule holds here: **what follows from

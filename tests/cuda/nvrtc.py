@@ -18,7 +18,7 @@ from unittest import mock
 
 import mxnet as mx
 
-from job.operators import queued_passes
+from job.operators import cuda_kernels
 
 # The GPUs that libmxnet.so of the GPU wheel has machine code for, and one that the code for sm_70 runs on.
 TARGETS = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86")
@@ -40,7 +40,7 @@ class Compiler:
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        with queued_passes.locale_kept():
+        with cuda_kernels.locale_kept():
             error = self._library.nvrtcCompileProgram(program, len(options), given)
             self.codeset = locale.nl_langinfo(locale.CODESET)
         self._library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -67,7 +67,7 @@ class Compiler:
 def request(dtype: str, module: Callable[..., Any] | None = None) -> tuple[str, list[str]]:
     """The source and the options that MXNet is given for the kernels of a type. ``module`` compiles it, if anything."""
     with mock.patch.object(mx.rtc, "CudaModule", wraps=module) as asked:
-        queued_passes.Kernels(dtype)
+        cuda_kernels.Kernels(dtype)
     source, options = asked.call_args.args
     return source, options
 

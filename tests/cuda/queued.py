@@ -13,8 +13,10 @@ import numpy as np
 from mxnet.base import _LIB
 
 from job.operators import batch_norm
+from job.operators.cuda_kernels import Kernels
+from job.operators.graphs import Graphs
 from job.operators.queued_batch_norm import QueuedOp
-from job.operators.queued_passes import Graphs, Kernels, QueuedPasses
+from job.operators.queued_passes import QueuedPasses
 from tests.cuda import stand_in
 
 # What has a thread wait for MXNet's engine, or reads and writes the memory of an array.

@@ -14,8 +14,8 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import FAILED, MEASURED, NOT_RUN, OK, SMALL_SHAPES, TOLERANCE, WRONG, Place, Row
 from job.fitness import facts
-from job.operators import queued_passes
-from job.operators.queued_passes import Graphs
+from job.operators import tried_passes
+from job.operators.graphs import Graphs
 from tests.cuda import queued
 
 
@@ -87,7 +87,7 @@ def test_kernels_that_cannot_be_used_tell_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mx, "gpu", mx.cpu)
-    monkeypatch.setattr(queued_passes, "queued_passes", lambda ctx, dtype: queued_passes._tried_kernels(ctx, dtype))
+    monkeypatch.setattr(tried_passes, "queued_passes", lambda ctx, dtype: tried_passes._tried_kernels(ctx, dtype))
     monkeypatch.setattr(os, "environ", {**os.environ})
     gpu_check.kernels(Place(1, False, tmp_path))
     rows = rows_of(capsys)

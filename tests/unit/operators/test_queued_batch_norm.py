@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from mxnet import autograd
 
 from job.distributed.comm import Comm
-from job.operators import queued_passes
+from job.operators import cuda_kernels, tried_passes
 from job.operators.batch_norm import Group
 from job.operators.fused import RELU
+from job.operators.graphs import Graphs
 from job.operators.queued_batch_norm import QueuedOp
-from job.operators.queued_passes import Graphs, QueuedPasses
+from job.operators.queued_passes import QueuedPasses
 from tests.cuda.queued import counted_waits, kernels, queued
 from tests.oracles import assert_within, batch_norm
 
@@ -218,7 +219,7 @@ def test_a_mean_that_float32_cannot_hold_is_subtracted_exactly(kind: str) -> Non
 
 
 def test_the_sums_of_a_long_channel_are_not_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queued_passes, "_BLOCKS", 1)  # so that a thread has thousands of values, as on large images
+    monkeypatch.setattr(cuda_kernels, "_BLOCKS", 1)  # so that a thread has thousands of values, as on large images
     dy = np.full((1, 1, 256 * 4096), 0.1, np.float32)
     x = np.random.default_rng(0).normal(0, 1, dy.shape).astype(np.float32)
     layer, _ = trained("kernels", [x], [dy])
@@ -387,12 +388,12 @@ def test_without_the_wait_for_what_no_output_follows_from_it_would_be_overwritte
 def test_kernels_that_compute_what_mxnets_operators_do_are_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(queued_passes, "Kernels", kernels)
-    assert queued_passes._tried_kernels.__wrapped__(mx.cpu(), "float32") is not None
+    monkeypatch.setattr(tried_passes, "Kernels", kernels)
+    assert tried_passes._tried_kernels.__wrapped__(mx.cpu(), "float32") is not None
     assert capsys.readouterr().err == ""
 
 
-class Shifted(queued_passes.Kernels):
+class Shifted(cuda_kernels.Kernels):
     """Of a driver that compiles them wrong."""
 
     def __init__(self, dtype: str) -> None:
@@ -404,19 +405,19 @@ class Shifted(queued_passes.Kernels):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # MXNet's __del__ of what failed
 @pytest.mark.parametrize(
-    ("make", "reason"), [(Shifted, "their y of a trial is off by"), (queued_passes.Kernels, "USE_CUDA=1")]
+    ("make", "reason"), [(Shifted, "their y of a trial is off by"), (cuda_kernels.Kernels, "USE_CUDA=1")]
 )
 def test_kernels_that_cannot_be_trusted_are_told_and_not_taken(
     make: Any, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(queued_passes, "Kernels", make)
+    monkeypatch.setattr(tried_passes, "Kernels", make)
     monkeypatch.setattr(os, "environ", {})
-    assert queued_passes._tried_kernels.__wrapped__(mx.cpu(), "float32") is None
+    assert tried_passes._tried_kernels.__wrapped__(mx.cpu(), "float32") is None
     assert os.environ == {"MXNET_USE_FUSION": "0"}  # what MXNet compiles itself would fail as well
     told = capsys.readouterr().err
     assert told.startswith("warning: cpu(0): the kernels of SyncBatchNorm cannot be used (") and reason in told
 
 
 def test_the_cpu_has_loops_of_its_own_but_not_for_float16() -> None:
-    assert queued_passes.queued_passes(mx.cpu(), np.float32) is None
-    assert isinstance(queued_passes.queued_passes(mx.cpu(), np.float16), Graphs)
+    assert tried_passes.queued_passes(mx.cpu(), np.float32) is None
+    assert isinstance(tried_passes.queued_passes(mx.cpu(), np.float16), Graphs)
