@@ -88,6 +88,15 @@ def test_a_job_that_goes_on_is_handed_to_cluster_with_its_nodes_and_what_may_be_
     assert not (project.root / file).exists()
 
 
+@pytest.mark.parametrize("given", [[], ["0"], ["two"], ["train.epochs=3"]])
+def test_a_least_number_of_ranks_that_is_none_is_told_before_the_job_is_submitted(
+    project: Project, given: list[str]
+) -> None:
+    done = project.run("bash", "launch/slurm.sbatch", "--dry-run", "--min-np", *given)
+    assert done.returncode == 2
+    assert done.stderr == (f"launch/slurm.sbatch: --min-np takes the least number of ranks, not '{''.join(given)}'\n")
+
+
 def test_a_job_that_goes_on_is_queued_again_after_75(project: Project) -> None:
     project.program("scontrol", 'echo "scontrol $*" >&2; echo n1')
     project.program("squeue", "echo RUNNING")
