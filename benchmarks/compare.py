@@ -65,6 +65,13 @@ CONTESTANTS = (
     Contestant(OURS, "ours", ranks=2),
     Contestant("this project, 1 rank", "ours"),
     Contestant(
+        "this project, 2 ranks that do not stay on their cores",
+        "ours",
+        ranks=2,
+        settings={"BENCH_BIND": "no"},
+        modes=("step",),
+    ),
+    Contestant(
         "this project, 2 ranks, BatchNorm of each shard",
         "ours",
         ("model.sync_batch_norm=false",),

@@ -1,12 +1,16 @@
 """This project: ``python -m benchmarks.peers.ours [key.path=value ...]``, on as many ranks as started it.
 
 An epoch is a whole run of ``job/train.py`` of one epoch in a fresh folder: with TensorBoard, checkpoints, evaluation.
+With BENCH_BIND=no the ranks do not stay on their own cores.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+from contextlib import nullcontext
+from unittest import mock
 
 from job.distributed.placement import share_cores
 
@@ -40,7 +44,10 @@ def main() -> None:
         dataset, sampler, config = open_data(fresh(), comm)
         shards = config.data.shards
         own = own_shards(comm.rank, comm.size, shards)
-        learner = new_learner(config, comm, choose_device("cpu", comm), dataset.about)
+        moving = os.environ.get("BENCH_BIND") == "no"
+        with mock.patch("job.distributed.device.bind") if moving else nullcontext():
+            device = choose_device("cpu", comm)
+        learner = new_learner(config, comm, device, dataset.about)
         memory.settle()  # as train() does
 
         def step(number: int) -> None:

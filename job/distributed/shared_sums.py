@@ -25,9 +25,9 @@ import numpy as np
 
 from job.errors import PeerLostError
 
-# Of what is summed; Horovod's ranks share the work of adding up. What is larger was measured only with 2 ranks on a
-# busy machine, where this way was faster (`python -m benchmarks.buckets sums`).
-_LARGEST_BYTES = 2**22
+# Of what is summed, times the square of the ranks: each of them adds up what all have. Horovod's share that work: with
+# 2 and 4 ranks this way was faster up to there, with 8 it was not beyond (`python -m benchmarks.buckets sums`).
+_LARGEST_BYTES = 2**28
 _LOOK_SECONDS = 0.1  # between two looks at whether a rank that is waited for is alive
 _LINE = 64  # bytes that processors exchange as a whole; numbers of two ranks are not in the same
 _TOKEN_BYTES = 16
@@ -65,11 +65,11 @@ class SharedSums:
     def begin(self, values: np.ndarray, name: str) -> Callable[[], np.ndarray]:
         """Begin to sum a float64 or int64 array over all ranks, in their order. What is returned waits for the sum.
 
-        Those of float16 go the slow way.
+        Large ones go the slow way, and those of float16, which cannot say where they are to lie.
 
         A name is begun again only after that. The wait raises :class:`PeerLostError` if another rank has ended.
         """
-        if values.nbytes > _LARGEST_BYTES or values.dtype == np.float16:  # which cannot say where it is to lie
+        if values.nbytes * self._size**2 > _LARGEST_BYTES or values.dtype == np.float16:
             return self._slow(values, name)
         part = self._parts.get((name, values.size))
         if part is None:

@@ -184,14 +184,18 @@ def slow_sums(sums: SharedSums, rank: int, size: int) -> tuple[list[str], bool]:
         return whole(values, name)
 
     sums._slow = counted
-    large = np.ones(shared_sums._LARGEST_BYTES // 8 + 1)
-    values = [(np.ones(5), "a"), (np.ones(5), "a"), (np.ones(6), "a"), (np.ones(5), "b"), (np.ones(5), "a")]
-    right = [bool((sums.begin(v, name)() == size).all()) for v, name in [*values, (large, "c"), (large, "c")]]
+    shared_sums._LARGEST_BYTES = 8 * 100 * 2**2
+    given = [(5, "a"), (5, "a"), (6, "a"), (5, "b"), (5, "a"), (100, "c"), (100, "c"), (101, "d"), (101, "d")]
+    right = [bool((sums.begin(np.ones(numbers), name)() == size).all()) for numbers, name in given]
     return asked, all(right)
 
 
 def test_only_the_first_sum_of_a_name_and_size_and_large_ones_are_slow() -> None:
-    assert run(slow_sums, 2) == [(["a", "a", "b", "c", "c"], True)] * 2
+    assert run(slow_sums, 2) == [(["a", "a", "b", "c", "d", "d"], True)] * 2
+
+
+def test_what_is_large_for_more_ranks_is_less() -> None:
+    assert run(slow_sums, 3) == [(["a", "a", "b", "c", "c", "d", "d"], True)] * 3
 
 
 def is_shared(sums: Optional[SharedSums], rank: int, size: int) -> bool:
