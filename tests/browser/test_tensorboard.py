@@ -85,7 +85,7 @@ def test_the_projector_shows_the_features_of_test_images(browser: webdriver.Chro
     open_page(browser, f"{board}#projector")
     for _ in range(2):  # a frame in a frame
         browser.switch_to.frame(wait(browser, "the projector", lambda browser: find(browser, "iframe"))[0])
-    wait_for_words(browser, "one/tensorboard", "two/tensorboard", "penultimate_features:00012", "500x128")
+    wait_for_words(browser, "one/tensorboard", "two/tensorboard", "penultimate_features:00012", "256x128")
 
 
 def test_histograms_graph_and_configuration_are_on_their_pages(browser: webdriver.Chrome, board: str) -> None:
