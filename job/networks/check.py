@@ -15,7 +15,7 @@ from job.networks.mixed_precision import in_float16
 from job.networks.others import said
 from job.networks.sharded_graph import write_sharded
 from job.networks.weights import match
-from job.operators.batch_norm import Group
+from job.operators.group import Group
 
 
 def check(model: ModelConfig, classes: int = models.CLASSES, shape: tuple[int, int, int] = models.IMAGE_SHAPE) -> None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Optional
 import mxnet as mx
 
 from job.errors import UsageError
-from job.operators.batch_norm import Group
+from job.operators.batch_norm import SYNC_BATCH_NORM
 from job.operators.convolution import DIRECT, is_better_direct
 from job.operators.fused import RELU, RELU_MAX_POOL
+from job.operators.group import Group
 
 _BATCH_NORMS = {"BatchNorm", "_contrib_SyncBatchNorm", "_contrib_BatchNormWithReLU"}
 _OPTIONS = {"axis": "1", "eps": "0.001", "momentum": "0.9", "fix_gamma": "True"}  # of MXNet's BatchNorm
@@ -205,7 +206,7 @@ class _Writer:
         own = [self._entry(source, k) for source in (data, gamma, beta) for k in range(self._count)]
         key = str(len(self._norms))
         options = {name: attributes[name] for name in _OPTIONS}
-        custom = {"op_type": "sync_batch_norm", "group": self._group.key, "layer": key, "shards": str(self._count)}
+        custom = {"op_type": SYNC_BATCH_NORM, "group": self._group.key, "layer": key, "shards": str(self._count)}
         tail = self._tails.get(index, _Tail("", []))
         place = self._add(
             {"op": "Custom", "name": node["name"], "attrs": {**custom, **options, "tail": tail.kind}},

@@ -17,7 +17,7 @@ from mxnet import autograd, gluon
 
 from job.distributed.comm import Comm
 from job.networks.sharded_graph import Dropout, shard, write_sharded
-from job.operators.batch_norm import Group
+from job.operators.group import Group
 
 
 class ShardedNetwork:

@@ -15,7 +15,8 @@ from mxnet.gluon import nn
 
 from job.distributed.comm import Comm
 from job.errors import UsageError
-from job.operators.batch_norm import Group
+from job.operators.batch_norm import SYNC_BATCH_NORM
+from job.operators.group import Group
 
 
 class SyncBatchNorm(nn.BatchNorm):
@@ -53,7 +54,7 @@ class SyncBatchNorm(nn.BatchNorm):
         options = {name: str(self._kwargs[name]) for name in ("axis", "eps", "momentum", "fix_gamma")}
         # Where no static plan holds it, MXNet 1.9.1 frees what it makes of an array in oneDNN's layout, that of a CPU,
         # before a custom operator reads it. A product is in the plain layout, and so is the gradient of one.
-        names = {"op_type": "sync_batch_norm", "group": self.group.key, "layer": "0", "name": "fwd"}
+        names = {"op_type": SYNC_BATCH_NORM, "group": self.group.key, "layer": "0", "name": "fwd"}
         plain = F is mx.nd and x.context.device_type == "cpu"
         y = F.Custom(x * 1.0 if plain else x, *ordered, **names, **options)
         y = y * 1.0 if plain else y

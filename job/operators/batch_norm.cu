@@ -1,5 +1,5 @@
 // The passes of synchronized BatchNorm on a GPU. job/operators/batch_norm.py has the mathematics; who launches
-// these kernels, in which order and with which arrays is job/operators/queued_passes.py, which also compiles them, once
+// these kernels, in which order and with which arrays is job/operators/cuda_kernels.py, which also compiles them, once
 // for each type, with DATA (that of the activations), WIDE (what is computed with, and the type of gamma) and THREADS.
 //
 // An array is (rows, channels, length). A grid of (channels, parts) blocks reads it: block (c, p) has part p of channel

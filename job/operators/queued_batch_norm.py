@@ -11,20 +11,15 @@ from, so each loop below ends with such a write for each shard, or else waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import mxnet as mx
 import numpy as np
 
+from job.operators.group import Fill, Group
 from job.operators.kernels import flat_shape
 from job.operators.queued_passes import Options, QueuedPasses
-
-if TYPE_CHECKING:
-    from job.operators.batch_norm import Group
-
-Fill = Callable[[int, mx.nd.NDArray], None]  # queue what writes the row of one of this rank's shards
 
 
 class QueuedOp(mx.operator.CustomOp):

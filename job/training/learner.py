@@ -19,9 +19,10 @@ from job.errors import DivergedError
 from job.networks.mixed_precision import in_float16
 from job.networks.shards import Inference, ShardedNetwork, dropout_mask
 from job.operators import convolution_loops, fused, kernels
-from job.operators.batch_norm import Group, tails_for
+from job.operators.batch_norm import tails_for
 from job.operators.compiled import load_kept
 from job.operators.fused import can_fuse
+from job.operators.group import Group
 from job.training import augmentation, exact
 from job.training.augmentation import Augmentation
 from job.training.average import Average

@@ -19,8 +19,8 @@ from job.errors import UsageError
 from job.networks import models, others
 from job.networks.check import check
 from job.networks.sharded_graph import write_sharded
-from job.operators.batch_norm import Group
 from job.operators.fused import RELU, RELU_MAX_POOL
+from job.operators.group import Group
 
 FILE = """
 import mxnet as mx

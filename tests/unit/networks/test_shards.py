@@ -16,8 +16,8 @@ from job.distributed.comm import Comm
 from job.errors import UsageError
 from job.networks.sharded_graph import Dropout, write_sharded
 from job.networks.shards import Inference, ShardedNetwork, dropout_mask
-from job.operators.batch_norm import Group
 from job.operators.fused import RELU, RELU_MAX_POOL
+from job.operators.group import Group
 
 SHARDS = 3
 SIZES = (3, 2, 2)

@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from job.distributed.comm import Comm
 from job.networks.sharded_graph import write_sharded
 from job.operators import convolution_loops
-from job.operators.batch_norm import Group
 from job.operators.convolution import DIRECT
+from job.operators.group import Group
 from tests.oracles import assert_within
 
 

@@ -16,9 +16,10 @@ from mxnet import autograd
 
 from job.distributed.comm import Comm
 from job.operators import cuda_kernels, tried_passes
-from job.operators.batch_norm import Group
+from job.operators.batch_norm import SYNC_BATCH_NORM
 from job.operators.fused import RELU
 from job.operators.graphs import Graphs
+from job.operators.group import Group
 from job.operators.queued_batch_norm import QueuedOp
 from job.operators.queued_passes import QueuedPasses
 from tests.cuda.queued import counted_waits, kernels, queued
@@ -78,7 +79,7 @@ class Layer(NamedTuple):
 
     def __call__(self, **options: Any) -> list[Any]:
         arrays = [*self.xs, *self.gammas, *self.betas, *self.running]
-        named = {"op_type": "sync_batch_norm", "group": self.group.key, "layer": "0", "shards": str(len(self.xs))}
+        named = {"op_type": SYNC_BATCH_NORM, "group": self.group.key, "layer": "0", "shards": str(len(self.xs))}
         found = mx.nd.Custom(*arrays, **named, **{name: str(value) for name, value in options.items()})
         return found if isinstance(found, list) else [found]
 
