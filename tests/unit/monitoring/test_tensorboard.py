@@ -7,6 +7,7 @@ import json
 import multiprocessing.synchronize
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -232,6 +233,20 @@ def test_the_pictures_are_those_of_the_evaluation(whole: tuple[Path, Subject]) -
         (event,) = events.Images(tag)
         shown_there = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
         np.testing.assert_allclose(shown_there, np.asarray(picture).astype(int), rtol=0, atol=24)  # of 256 colours
+
+
+def test_a_mistake_of_a_coloured_image_is_shown_in_its_colour(tmp_path: Path) -> None:
+    shown = subject()
+    green = np.zeros((len(shown.data.test.labels), 3, 28, 28), np.uint8)
+    green[:, 1] = 200
+    test = Split(green, shown.data.test.labels)
+    writer = TensorBoard(tmp_path, subject=shown._replace(data=Dataset(test, test, FASHION_MNIST, {})))
+    shown.learner.feed.about = replace(FASHION_MNIST, shape=(3, 28, 28))
+    writer.write(TEST)
+    writer.close()
+    (event,) = read(tmp_path).Images("test/worst_mistakes")
+    picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
+    np.testing.assert_allclose(picture[100, 72], [0, 200, 0], atol=8)
 
 
 def test_histograms_hold_every_number_of_weights_gradients_and_running_statistics(whole: tuple[Path, Subject]) -> None:
