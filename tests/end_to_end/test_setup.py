@@ -406,6 +406,14 @@ def test_two_at_once_take_turns(ready: Checkout) -> None:
     assert "setup: .venv is ready" in said
 
 
+def lives(process: int) -> bool:
+    """And is not one that has ended, of which nobody has taken note."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_build_and_all_its_processes(checkout: Checkout, number: signal.Signals) -> None:
     checkout.add_python("python3.11", (3, 11))
@@ -420,7 +428,7 @@ def test_a_signal_ends_the_build_and_all_its_processes(checkout: Checkout, numbe
     said, _ = process.communicate(timeout=10)
     assert process.returncode == 128 + number
     assert "setup: stopped" in said
-    while Path(f"/proc/{build}/cmdline").exists() and Path(f"/proc/{build}/cmdline").read_bytes():
+    while lives(build):
         assert time.monotonic() < deadline, "the build lives on"
         time.sleep(0.05)
 
