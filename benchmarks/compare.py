@@ -98,7 +98,7 @@ CONTESTANTS = (
         "torch_ddp",
         peer=True,
         before=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        settings={"OMP_NUM_THREADS": "1", "BENCH_BIND": "1"},
+        settings={"OMP_NUM_THREADS": "1", "BENCH_BIND": "yes"},
         modes=("step",),
     ),
     Contestant(

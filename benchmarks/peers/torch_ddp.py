@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from benchmarks.peers.turns import GLOBAL_BATCH, LEARNING_RATE, LOG_EVERY_STEPS, MODE, load, steps, take_turns
 
-if os.environ.get("BENCH_BIND"):  # which torchrun does not do by itself
+if os.environ.get("BENCH_BIND") == "yes":  # which torchrun does not do by itself
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -17,7 +17,7 @@ from job.training.evaluation import Mistake
 _INK, _PALE, _RED = (30, 30, 30), (120, 120, 120), (190, 30, 30)
 _BLUE = np.array([8, 64, 129])  # of a cell that holds its whole row
 _SMALL, _PLAIN, _LARGE = 12, 14, 18  # sizes of type
-_REMEMBERED_TEXTS = 4096  # a few hundred bytes each
+_REMEMBERED_TEXTS = 4096  # a kilobyte or two each
 
 _Ink = Union[str, tuple[int, int, int]]
 
@@ -71,7 +71,7 @@ def worst_mistakes(
 
 
 def in_few_colours(picture: Image.Image, coloured_images: bool) -> Image.Image:
-    """In 256 colours, which makes a file of it a third as large. White stays white.
+    """In 256 colours, which makes a file of it half as large. White stays white.
 
     The colours are those of ink and shades; where the images in it are coloured, those that the picture has, which take
     five times as long to find.
