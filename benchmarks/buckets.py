@@ -2,8 +2,8 @@
 
 ``sums`` takes two minutes: how long a sum over 2, 4 and 8 ranks of this machine takes by its size, through the memory
 that they share and through Horovod, while nothing else is computed. ``steps`` takes a quarter of an hour: a step of
-large networks of MXNet's model zoo on two ranks, with one sum after backward, and with buckets. Whatever is compared takes
-turns in one process, so that what else the machine does meets all of it. The intervals are those of
+large networks of MXNet's model zoo on two ranks, with one sum after backward, and with buckets. Whatever is compared
+takes turns in one process, so that what else the machine does meets all of it. The intervals are those of
 :mod:`benchmarks.step_time`.
 """
 

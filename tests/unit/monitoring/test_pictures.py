@@ -51,6 +51,17 @@ def test_every_number_and_every_name_leaves_ink() -> None:
             assert len(np.unique(cell.reshape(-1, 3), axis=0)) > 5  # shade, ink, and the edges of the digits
 
 
+def test_numbers_are_in_the_middle_of_their_cells_and_names_end_beside_their_rows() -> None:
+    picture = np.asarray(confusion_matrix(np.full((10, 10), 808), FASHION_MNIST.classes, "")).astype(int).sum(axis=2)
+    for row in range(10):
+        top = 150 + row * 44
+        cell = picture[top : top + 42, 130 + row * 58 : 130 + row * 58 + 56]
+        down, across = np.nonzero(cell < 300)
+        assert abs((across.min() + across.max()) / 2 - 29) <= 2 and abs((down.min() + down.max()) / 2 - 22) <= 3
+        down, across = np.nonzero(picture[top : top + 44, :130] < 300)
+        assert 114 <= across.max() <= 121 and abs((down.min() + down.max()) / 2 - 22) <= 4
+
+
 def test_the_grid_of_mistakes_shows_the_images_in_their_order_dark_on_white() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (8, 28, 28), dtype=np.uint8)
